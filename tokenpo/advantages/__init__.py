@@ -1,0 +1,1 @@
+"""Grouped rollouts to token advantages. The estimators of online RL live here."""

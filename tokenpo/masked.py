@@ -1,0 +1,120 @@
+"""Masked arithmetic: values are selected by position, and every reduction knows its denominator.
+
+Masked entries are *selected out* with `torch.where`, never multiplied by zero, so NaN or inf there changes
+nothing, forwards or backwards. Reductions run in float32 or wider and are defined for an empty mask: zero, with
+a gradient path. Shapes: `x` and `mask` are `(B, T)` (or broadcast to one shape); `dim=None` reduces everything.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenpo.errors import InputError
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is where already as wide."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def select(x: Tensor, mask: Tensor, fill: float = 0.0) -> Tensor:
+    """`x` where `mask`, else `fill`; float32 or wider. No value or gradient passes at masked positions."""
+    return torch.where(mask, widen(x), fill)
+
+
+def count(mask: Tensor, dim: int | None = None) -> Tensor:
+    """How many positions count, at least 1, so that it can divide."""
+    return (mask.sum() if dim is None else mask.sum(dim)).clamp(min=1)
+
+
+def sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of `x` over the mask; zero where the mask is empty."""
+    selected = select(x, mask)
+    return selected.sum() if dim is None else selected.sum(dim)
+
+
+def mean(x: Tensor, mask: Tensor, dim: int | None = None, denominator: Tensor | float | None = None) -> Tensor:
+    """Mean of `x` over the mask, or its sum over an explicit `denominator` (the counts of a larger batch)."""
+    return sum(x, mask, dim) / (count(mask, dim) if denominator is None else denominator)
+
+
+def var(x: Tensor, mask: Tensor, dim: int | None = None, unbiased: bool = True) -> Tensor:
+    """Variance over the mask, divided by `n - 1` (`unbiased`) or `n`; zero where fewer than two positions count."""
+    centre = mean(x, mask, dim)
+    centre = centre if dim is None else centre.unsqueeze(dim)
+    squares = (select(x, mask) - centre).square()
+    n = mask.sum() if dim is None else mask.sum(dim)
+    return sum(squares, mask, dim) / (n - int(unbiased)).clamp(min=1)
+
+
+def std(x: Tensor, mask: Tensor, dim: int | None = None, unbiased: bool = True) -> Tensor:
+    """Square root of `var`, with gradient zero (not NaN) where the variance is zero."""
+    v = var(x, mask, dim, unbiased)
+    positive = v > 0
+    return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
+
+
+def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8, shift_mean: bool = True) -> Tensor:
+    """`(x - mean) / sqrt(var + eps)` over the whole mask, unbiased variance; `shift_mean=False` adds the mean back."""
+    centre = mean(x, mask)
+    white = (select(x, mask) - centre) * (var(x, mask) + eps).rsqrt()
+    return select(white if shift_mean else white + centre, mask)
+
+
+def quantile(x: Tensor, mask: Tensor, q: float, dim: int | None = None) -> Tensor:
+    """The `q`-quantile (0..1, linear interpolation) over the mask; zero where the mask is empty."""
+    if dim is None:
+        x, mask, dim = x.reshape(-1), mask.expand_as(x).reshape(-1), 0
+    ordered = select(x, mask, fill=torch.inf).sort(dim).values
+    n = mask.sum(dim, keepdim=True)
+    place = q * (n - 1).clamp(min=0).to(ordered.dtype)
+    low = ordered.gather(dim, place.floor().long())
+    high = ordered.gather(dim, place.ceil().long())
+    empty = n == 0
+    low, high = torch.where(empty, 0.0, low), torch.where(empty, 0.0, high)
+    return torch.lerp(low, high, place - place.floor()).squeeze(dim)
+
+
+def min_max(x: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
+    """`(x - min) / (max - min)` along `dim` over the mask; 0 where all counted values are equal, and off the mask."""
+    low = select(x, mask, torch.inf).amin(dim, keepdim=True)
+    span = select(x, mask, -torch.inf).amax(dim, keepdim=True) - low
+    varied = mask & (span > 0)
+    return select((widen(x) - low) / torch.where(span > 0, span, 1.0), varied)
+
+
+def segment_sum(x: Tensor, segments: Tensor, n_segments: int, mask: Tensor) -> Tensor:
+    """(n_segments,) sums of `x` by `segments`, int64 of `x`'s shape, over the mask; a group id per row works too."""
+    ids = segments.expand_as(mask) if segments.dim() == mask.dim() else segments.unsqueeze(-1).expand_as(mask)
+    zero = widen(x).new_zeros(n_segments)
+    return zero.index_add(0, torch.where(mask, ids, 0).reshape(-1), select(x, mask).reshape(-1))
+
+
+AGGREGATIONS = ("token_mean", "token_sum", "row_mean_of_sums", "row_mean_of_means", "row_sums_over_length")
+
+
+def aggregate(x: Tensor, mask: Tensor, mode: str, *, length: float | None = None, rows: Tensor | None = None,
+              tokens: Tensor | None = None) -> Tensor:  # fmt: skip
+    """Per-token losses `(B, T)` to a scalar, by a mode named for what it does.
+
+    `token_mean`: sum / tokens. `token_sum`: sum. `row_mean_of_sums`: mean over rows of each row's sum.
+    `row_mean_of_means`: mean over rows of each row's mean. `row_sums_over_length`: mean over rows of
+    sum / `length`, a constant. `rows` and `tokens` are the counts to divide by, of a larger batch; left out:
+    rows with at least one token, and tokens, of this one.
+    """
+    if rows is None:
+        rows = mask.any(-1).sum().clamp(min=1)
+    if mode == "token_mean":
+        return mean(x, mask, denominator=tokens)
+    if mode == "token_sum":
+        return sum(x, mask)
+    if mode == "row_mean_of_sums":
+        return sum(x, mask) / rows
+    if mode == "row_mean_of_means":
+        return mean(x, mask, dim=-1).sum() / rows
+    if mode == "row_sums_over_length":
+        if length is None:
+            raise InputError("aggregation 'row_sums_over_length' needs length=, the constant to divide by")
+        return sum(x, mask) / rows / length
+    raise InputError(f"unknown aggregation '{mode}': choose one of {', '.join(AGGREGATIONS)}")
