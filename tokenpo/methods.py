@@ -18,6 +18,8 @@ from typing import Annotated, Any
 
 from tokenpo.errors import InputError
 
+Function = typing.TypeVar("Function", bound=Callable[..., Any])
+
 ROOMS = ("tokenpo.losses", "tokenpo.credit", "tokenpo.advantages")
 
 
@@ -48,7 +50,12 @@ Finite = Annotated[float, Range(open_low=True, open_high=True)]
 
 @dataclass(frozen=True)
 class Method:
-    """One entry. `kind` fixes the signature: a 'pairwise' loss takes (chosen, rejected) and returns a LossOutput."""
+    """One entry.
+
+    `kind` fixes the signature: a 'pairwise' loss takes (chosen, rejected) and returns a LossOutput; 'credit' returns
+    (B, T) token rewards or weights. `learns`: the fields besides `logps` and KLs that gradient flows into. For
+    credit: do the rewards sum to the row's reward, and does each depend on its own past only (`causal`).
+    """
 
     name: str
     kind: str
@@ -57,6 +64,9 @@ class Method:
     paper: str
     needs: tuple[str, ...]
     golden: tuple[str, ...]
+    learns: tuple[str, ...] = ()
+    sums_to_reward: bool | None = None
+    causal: bool | None = None
 
     @functools.cached_property
     def hyperparameters(self) -> dict[str, inspect.Parameter]:
@@ -76,19 +86,28 @@ _REGISTRY: dict[str, Method] = {}
 
 
 def method(
-    name: str, *, kind: str, title: str, paper: str, needs: tuple[str, ...] = (), golden: tuple[str, ...] = ()
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Record the decorated function under `name`.
+    name: str,
+    *,
+    kind: str,
+    title: str,
+    paper: str,
+    needs: tuple[str, ...] = (),
+    golden: tuple[str, ...] = (),
+    learns: tuple[str, ...] = (),
+    sums_to_reward: bool | None = None,
+    causal: bool | None = None,
+) -> Callable[[Function], Function]:
+    """Record the decorated function under `name` and return it as it is.
 
     `title` and `paper` (an address) of its source; `needs`: the TokenStats fields it reads beyond `logps`;
-    `golden`: the golden vectors that hold it.
+    `golden`: the golden vectors that hold it; the rest as in `Method`.
     """
 
-    def record(function: Callable[..., Any]) -> Callable[..., Any]:
+    def record(function: Function) -> Function:
         known = _REGISTRY.get(name)
         if known is not None and known.function.__qualname__ != function.__qualname__:
             raise InputError(f"the name '{name}' is taken by {known.function.__module__}: give the method another one")
-        _REGISTRY[name] = Method(name, kind, function, title, paper, needs, golden)
+        _REGISTRY[name] = Method(name, kind, function, title, paper, needs, golden, learns, sums_to_reward, causal)
         return function
 
     return record

@@ -22,6 +22,7 @@ REMEDIES = {
     "token_rewards": "attach them with dataclasses.replace(stats, token_rewards=...), "
     "for example from tokenpo.credit.implicit_rewards",
     "token_weights": "attach them with dataclasses.replace(stats, token_weights=...)",
+    "kl_weights": "attach them with dataclasses.replace(stats, kl_weights=...)",
 }
 
 
@@ -33,7 +34,8 @@ class TokenStats:
     `logps` of the taken token under the policy; `ref_logps` under the reference; `old_logps` under the
     policy at rollout time; `sampling_logps` under the engine that sampled. `entropy` of the policy's
     next-token distribution. `ref_kl` = KL(reference || policy) and `policy_kl` = KL(policy || reference),
-    over the full vocabulary. `token_rewards`, `token_weights`: credit, attached by the caller.
+    over the full vocabulary. `token_rewards`, `token_weights` (on log-ratios) and
+    `kl_weights` (on KLs): credit, attached by the caller.
     """
 
     mask: Tensor
@@ -46,6 +48,7 @@ class TokenStats:
     policy_kl: Tensor | None = None
     token_rewards: Tensor | None = None
     token_weights: Tensor | None = None
+    kl_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.mask.dtype != torch.bool:

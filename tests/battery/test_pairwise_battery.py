@@ -13,7 +13,7 @@ from tokenpo.types import TokenStats
 METHODS = all_methods("pairwise")
 every_loss = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
-FIELDS = ("logps", "ref_logps", "entropy", "ref_kl", "policy_kl", "token_rewards", "token_weights")
+FIELDS = ("logps", "ref_logps", "entropy", "ref_kl", "policy_kl", "token_rewards", "token_weights", "kl_weights")
 
 
 def make_stats(lengths, seed, width=None, dtype=torch.float64, requires_grad=False):
@@ -171,7 +171,7 @@ def test_only_the_policy_learns(method):
     method.function(*sides).loss.backward()
     for side in sides:
         assert side.logps.grad is not None and side.logps.grad.abs().sum() > 0
-        for name in ("ref_logps", "token_rewards", "token_weights"):
+        for name in {"ref_logps", "token_rewards", "token_weights", "kl_weights"} - set(method.learns):
             grad = getattr(side, name).grad
             assert grad is None or not grad.any(), name
 

@@ -1,0 +1,149 @@
+"""Where the reference's opinion of a batch comes from: one mode, chosen by name.
+
+`copy`            a frozen copy of the policy as it is at the start
+`model:<folder>`  a frozen model from disk
+`adapter-off`     the policy's own base with its PEFT adapters disabled
+`adapter:<name>`  a frozen PEFT adapter of the policy, for a policy that starts from an adapter
+`none`            no reference: for losses that read none
+`auto`            `none` where the loss reads none, `adapter-off` for a PEFT policy, else `copy`
+
+All forwards run under `no_grad`, in the policy's own train/eval mode: dropout has to be off (`disable_dropout`).
+A cached reference joins here: another function from a batch to hidden states and a head.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenpo.errors import InputError
+from tokenpo.statistics import LinearHead, hidden_before_head, response_stats
+
+MODES = ("auto", "none", "copy", "adapter-off", "adapter:<name>", "model:<folder>")
+CHANGED_BASE = ("pissa", "olora", "loftq", "corda")
+"""Ways to start an adapter that subtract it from the base weights: with the adapter off, the base is not the model."""
+
+Scored = tuple[Tensor, LinearHead]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A mode with its `score(policy, batch) -> (hidden, head)`. `equal_at_start`: it must agree with a fresh policy."""
+
+    mode: str
+    score: Callable[[nn.Module, Mapping[str, Tensor]], Scored]
+    equal_at_start: bool
+
+
+def make_reference(mode: str, model: nn.Module, *, needed: bool = True, load: Callable | None = None) -> Reference | None:
+    """The reference called `mode` for the policy `model`, or None.
+
+    `needed`: the loss reads the reference. `load`: folder -> model, for `model:<folder>`. Raises InputError for an
+    unknown mode, for `none` where the loss needs one, and where the mode does not fit the model.
+    """
+    if mode == "auto":
+        mode = ("adapter-off" if is_peft(model) else "copy") if needed else "none"
+    if mode == "none":
+        if needed:
+            raise InputError("reference 'none' does not go with this loss, which reads one: choose 'auto' or a loss like simpo")
+        return None
+    if mode == "copy":
+        return _separate("copy", copy.deepcopy(unwrap(model)), equal_at_start=True)
+    if mode.startswith("model:"):
+        if load is None:
+            raise InputError(f"reference '{mode}' needs a function that loads the folder: pass load=")
+        return _separate(mode, load(mode.removeprefix("model:")), equal_at_start=False)
+    if mode == "adapter-off" or mode.startswith("adapter:"):
+        return _adapter_reference(mode, model)
+    raise InputError(f"unknown reference '{mode}': choose one of {', '.join(MODES)}")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and its like."""
+    return model.module if isinstance(getattr(model, "module", None), nn.Module) else model
+
+
+def is_peft(model: nn.Module) -> bool:
+    return hasattr(unwrap(model), "peft_config")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of the model to zero, in place: policy and reference then agree, and log-ratios carry no noise."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "hidden_dropout", "attn_dropout", "resid_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def start_difference(policy: nn.Module, reference: Reference, batch: Mapping[str, Tensor]) -> float:
+    """Largest |logps - ref_logps| over the batch's response tokens, nats."""
+    with torch.no_grad():
+        stats = response_stats(policy, batch, ("logps",), reference=lambda b: reference.score(policy, b))
+    difference = (stats.logps - stats.require("ref_logps")).abs()
+    return torch.where(stats.mask, difference, 0.0).max().item() if difference.numel() else 0.0
+
+
+def _separate(mode: str, model: nn.Module, equal_at_start: bool) -> Reference:
+    model.requires_grad_(False)
+    disable_dropout(model)
+    head = LinearHead.of(model)
+
+    def score(policy: nn.Module, batch: Mapping[str, Tensor]) -> Scored:
+        if next(model.parameters()).device != batch["input_ids"].device:
+            model.to(batch["input_ids"].device)
+        return hidden_before_head(model, batch), head if head.weight.device == batch["input_ids"].device else LinearHead.of(model)
+
+    return Reference(mode, score, equal_at_start)
+
+
+def _adapter_reference(mode: str, model: nn.Module) -> Reference:
+    if not is_peft(model):
+        raise InputError(f"reference '{mode}' needs a policy with PEFT adapters: this one has none; take 'copy', or LoRA")
+    adapters: dict[str, Any] = unwrap(model).peft_config  # type: ignore[assignment]
+    name = mode.partition(":")[2]
+    if mode == "adapter-off":
+        for adapter, config in adapters.items():
+            start = str(getattr(config, "init_lora_weights", "")).lower()
+            if start.startswith(CHANGED_BASE):
+                raise InputError(
+                    f"adapter '{adapter}' starts with {start}, which changes the base weights, so the model with the "
+                    "adapter off is not the one you began with: give reference=model:<folder>"
+                )
+        fresh = not any(getattr(config, "inference_mode", False) for config in adapters.values())
+    elif name not in adapters:
+        raise InputError(f"the policy has no adapter '{name}': it has {', '.join(map(repr, adapters))}")
+
+    def score(policy: nn.Module, batch: Mapping[str, Tensor]) -> Scored:
+        peft = unwrap(policy)
+        context = peft.disable_adapter() if mode == "adapter-off" else _only(peft, name)
+        with context:
+            return hidden_before_head(policy, batch), LinearHead.of(policy)
+
+    return Reference(mode, score, equal_at_start=mode == "adapter-off" and fresh)
+
+
+def _only(peft: Any, name: str) -> AbstractContextManager:
+    """The PEFT model with adapter `name` active; the one that trains, and what is trainable, are put back."""
+    active = peft.active_adapter
+    if active == name:
+        return nullcontext()
+
+    class Switch:
+        def __enter__(self) -> None:
+            self.trainable = {n for n, p in peft.named_parameters() if p.requires_grad}
+            peft.base_model.set_adapter(name)
+
+        def __exit__(self, *exc: object) -> None:
+            peft.base_model.set_adapter(active)
+            for n, p in peft.named_parameters():
+                p.requires_grad_(n in self.trainable)
+
+    return Switch()
