@@ -78,10 +78,11 @@ def quantile(x: Tensor, mask: Tensor, q: float, dim: int | None = None) -> Tenso
 
 def min_max(x: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
     """`(x - min) / (max - min)` along `dim` over the mask; 0 where all counted values are equal, and off the mask."""
-    low = select(x, mask, torch.inf).amin(dim, keepdim=True)
-    span = select(x, mask, -torch.inf).amax(dim, keepdim=True) - low
-    varied = mask & (span > 0)
-    return select((widen(x) - low) / torch.where(span > 0, span, 1.0), varied)
+    some = mask.any(dim, keepdim=True)
+    low = select(select(x, mask, torch.inf).amin(dim, keepdim=True), some)
+    span = select(select(x, mask, -torch.inf).amax(dim, keepdim=True), some) - low
+    varied = span > 0
+    return select((select(x, mask) - low) / torch.where(varied, span, 1.0), mask & varied)
 
 
 def segment_sum(x: Tensor, segments: Tensor, n_segments: int, mask: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ REMEDIES = {
     "for example from tokenpo.credit.implicit_rewards",
     "token_weights": "attach them with dataclasses.replace(stats, token_weights=...)",
     "kl_weights": "attach them with dataclasses.replace(stats, kl_weights=...)",
+    "ref_risk": "attach it with dataclasses.replace(stats, ref_risk=...), for example from tokenpo.losses.cvar_risk",
 }
 
 
@@ -34,8 +35,8 @@ class TokenStats:
     `logps` of the taken token under the policy; `ref_logps` under the reference; `old_logps` under the
     policy at rollout time; `sampling_logps` under the engine that sampled. `entropy` of the policy's
     next-token distribution. `ref_kl` = KL(reference || policy) and `policy_kl` = KL(policy || reference),
-    over the full vocabulary. `token_rewards`, `token_weights` (on log-ratios) and
-    `kl_weights` (on KLs): credit, attached by the caller.
+    over the full vocabulary. `token_rewards`, `token_weights` (on log-ratios) and `kl_weights` (on KLs): credit,
+    attached by the caller; so is `ref_risk`, a risk measure in the place of `ref_kl` (`tokenpo.losses.cvar_risk`).
     """
 
     mask: Tensor
@@ -49,6 +50,7 @@ class TokenStats:
     token_rewards: Tensor | None = None
     token_weights: Tensor | None = None
     kl_weights: Tensor | None = None
+    ref_risk: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.mask.dtype != torch.bool:

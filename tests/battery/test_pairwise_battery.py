@@ -13,7 +13,9 @@ from tokenpo.types import TokenStats
 METHODS = all_methods("pairwise")
 every_loss = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
-FIELDS = ("logps", "ref_logps", "entropy", "ref_kl", "policy_kl", "token_rewards", "token_weights", "kl_weights")
+FIELDS = (
+    "logps", "ref_logps", "entropy", "ref_kl", "policy_kl", "token_rewards", "token_weights", "kl_weights", "ref_risk",
+)  # fmt: skip
 
 
 def make_stats(lengths, seed, width=None, dtype=torch.float64, requires_grad=False):
@@ -114,8 +116,14 @@ def test_micro_batches_add_up(method):
     chosen, rejected = pair(requires_grad=True)
     out, grads = loss_and_grads(method.function, chosen, rejected)
     parts = [method.function(chosen[rows], rejected[rows]) for rows in (slice(0, 1), slice(1, 4))]
-    assert set(out.sums) == {"pairs"}
-    total = sum(part.sums["pairs"] for part in parts) / len(CHOSEN)
+    chosen_tokens, rejected_tokens = chosen.mask.sum(), rejected.mask.sum()
+    counts = {
+        "pairs": len(CHOSEN), "rows": 2 * len(CHOSEN), "tokens": chosen_tokens + rejected_tokens,
+        "chosen_tokens": chosen_tokens, "rejected_tokens": rejected_tokens,
+    }  # fmt: skip
+    assert out.sums and set(out.sums) <= set(counts), "a unit that no caller counts"
+    assert all(set(part.sums) == set(out.sums) for part in parts), "the units depend on the batch"
+    total = sum(part.sums[unit] / counts[unit] for unit in out.sums for part in parts)
     torch.testing.assert_close(total, out.loss, rtol=1e-12, atol=1e-14)
     for ours, theirs in zip(torch.autograd.grad(total, [chosen.logps, rejected.logps]), grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)

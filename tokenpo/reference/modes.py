@@ -41,7 +41,9 @@ class Reference:
     equal_at_start: bool
 
 
-def make_reference(mode: str, model: nn.Module, *, needed: bool = True, load: Callable | None = None) -> Reference | None:
+def make_reference(
+    mode: str, model: nn.Module, *, needed: bool = True, load: Callable | None = None
+) -> Reference | None:
     """The reference called `mode` for the policy `model`, or None.
 
     `needed`: the loss reads the reference. `load`: folder -> model, for `model:<folder>`. Raises InputError for an
@@ -51,7 +53,9 @@ def make_reference(mode: str, model: nn.Module, *, needed: bool = True, load: Ca
         mode = ("adapter-off" if is_peft(model) else "copy") if needed else "none"
     if mode == "none":
         if needed:
-            raise InputError("reference 'none' does not go with this loss, which reads one: choose 'auto' or a loss like simpo")
+            raise InputError(
+                "reference 'none' does not go with this loss, which reads one: choose 'auto' or a loss like simpo"
+            )
         return None
     if mode == "copy":
         return _separate("copy", copy.deepcopy(unwrap(model)), equal_at_start=True)
@@ -74,7 +78,7 @@ def is_peft(model: nn.Module) -> bool:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of the model to zero, in place: policy and reference then agree, and log-ratios carry no noise."""
+    """Set every dropout of the model to zero, in place: policy and reference agree, log-ratios carry no noise."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -99,14 +103,18 @@ def _separate(mode: str, model: nn.Module, equal_at_start: bool) -> Reference:
     def score(policy: nn.Module, batch: Mapping[str, Tensor]) -> Scored:
         if next(model.parameters()).device != batch["input_ids"].device:
             model.to(batch["input_ids"].device)
-        return hidden_before_head(model, batch), head if head.weight.device == batch["input_ids"].device else LinearHead.of(model)
+        return hidden_before_head(model, batch), head if head.weight.device == batch[
+            "input_ids"
+        ].device else LinearHead.of(model)
 
     return Reference(mode, score, equal_at_start)
 
 
 def _adapter_reference(mode: str, model: nn.Module) -> Reference:
     if not is_peft(model):
-        raise InputError(f"reference '{mode}' needs a policy with PEFT adapters: this one has none; take 'copy', or LoRA")
+        raise InputError(
+            f"reference '{mode}' needs a policy with PEFT adapters: this one has none; take 'copy', or LoRA"
+        )
     adapters: dict[str, Any] = unwrap(model).peft_config  # type: ignore[assignment]
     name = mode.partition(":")[2]
     if mode == "adapter-off":

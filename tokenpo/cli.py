@@ -1,0 +1,172 @@
+"""The command line: `tokenpo train | methods | score | generate`.
+
+Help and checks come from the typed configurations of `tokenpo.commands`. A user's mistake is one sentence on
+standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tokenpo import __version__
+from tokenpo.errors import InputError, TokenpoError
+from tokenpo.methods import nearest
+
+COMMANDS = {
+    "train": "fine-tune a model on preference pairs:  tokenpo train [CONFIG.yaml] [key=value ...]",
+    "score": "per-token log-probs, KL and implicit rewards:  tokenpo score MODEL DATA --output FILE",
+    "generate": "sample text from a model:  tokenpo generate --model FOLDER --prompt TEXT",
+    "methods": "what there is:  tokenpo methods [--json]",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except TokenpoError as error:
+        print(f"tokenpo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tokenpo: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print("usage: tokenpo COMMAND ...\n\n" + "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))
+        print("\n`tokenpo COMMAND --help` lists a command's options.")
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"tokenpo {__version__}")
+        return 0
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        raise InputError(f"unknown command '{command}'{nearest(command, COMMANDS)}")
+    if command == "methods":
+        from tokenpo.commands.listing import show
+
+        if set(rest) - {"--json"}:
+            raise InputError(f"methods takes --json and nothing else, got {' '.join(rest)}")
+        show(as_json="--json" in rest)
+    elif command == "train":
+        from tokenpo.commands.train import train
+
+        train(train_config(rest))
+    elif command == "score":
+        from tokenpo.commands.score import ScoreConfig, score
+
+        print(score(parse(ScoreConfig, "score", _positional(rest, ("model", "data")))))
+    else:
+        from tokenpo.commands.generate import GenerateConfig, generate
+
+        generate(parse(GenerateConfig, "generate", _positional(rest, ("model",))))
+    return 0
+
+
+def train_config(words: list[str]) -> Any:
+    """The configuration of `tokenpo train`; with the embedded model and data, values that suit them underneath."""
+    from tokenpo.commands.config import TrainConfig, preset
+
+    words = _positional(words, ("config",))
+    found = parse(TrainConfig, "train", words)
+    if found.model == "embedded" and found.train == "embedded":
+        suited = preset(str(found.loss.get("name")))
+        asked = {w.partition("=")[0] for w in words}
+        if "--config" in asked and "name" not in found.loss:
+            return found
+        found = parse(TrainConfig, "train", words, defaults=suited)
+    return found
+
+
+def parse(cls: type, command: str, words: list[str], defaults: dict[str, Any] | None = None) -> Any:
+    """A configuration from words of the command line and from --config FILE, which the words override."""
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=f"tokenpo {command}", description=(cls.__doc__ or "").strip(), exit_on_error=False)
+    parser.add_argument("--config", action="config", help="A YAML file with any of these settings.")
+    parser.add_class_arguments(cls, as_group=False)
+    if defaults:
+        parser.set_defaults(defaults)
+    known = [f.name for f in dataclasses.fields(cls)]
+    _check_config_file(words, known)
+    try:
+        found = parser.parse_args(words)
+    except ArgumentError as error:
+        raise InputError(_one_sentence(str(error), known)) from error
+    return cls(**{name: value for name, value in vars(found).items() if name in known})
+
+
+def _positional(words: list[str], names: tuple[str, ...]) -> list[str]:
+    """`FILE key=value --flag v` as flags only: leading bare words take `names`, key=value becomes --key=value."""
+    out: list[str] = []
+    left = list(names)
+    for i, word in enumerate(words):
+        takes_value = i > 0 and words[i - 1].startswith("--") and "=" not in words[i - 1]
+        if word.startswith("-") or takes_value:
+            out.append(word)
+        elif re.match(r"[A-Za-z_][\w.]*=", word):
+            out.append(f"--{word}")
+        elif left:
+            out.append(f"--{left.pop(0)}={word}")
+        else:
+            raise InputError(f"what is '{word}'? settings are written key=value or --key value")
+    return out
+
+
+def _check_config_file(words: list[str], known: list[str]) -> None:
+    """A YAML file that cannot be read, or has a key that does not exist, is named before it is parsed."""
+    import yaml
+
+    for i, word in enumerate(words):
+        name, _, path = word.partition("=")
+        if name != "--config":
+            continue
+        path = path or (words[i + 1] if i + 1 < len(words) else "")
+        try:
+            with open(path, encoding="utf-8") as file:
+                content = yaml.safe_load(file)
+        except OSError as reason:
+            raise InputError(f"cannot read the configuration {path}: {reason.strerror}") from reason
+        except UnicodeDecodeError as reason:
+            raise InputError(f"the configuration {path} is not UTF-8: byte {reason.start}") from reason
+        except yaml.YAMLError as reason:
+            mark = getattr(reason, "problem_mark", None)
+            where = f", line {mark.line + 1}" if mark else ""
+            raise InputError(
+                f"the configuration {path} is not YAML{where}: {getattr(reason, 'problem', reason)}"
+            ) from reason
+        if content is not None and not isinstance(content, dict):
+            raise InputError(f"the configuration {path} must be a mapping of settings, not {type(content).__name__}")
+        for key in content or {}:
+            if str(key).partition(".")[0] not in known:
+                raise InputError(f"the configuration {path} has an unknown key '{key}'{nearest(str(key), known)}")
+
+
+def _one_sentence(message: str, known: list[str]) -> str:
+    """The parser's message, which may run over many lines, as one."""
+    unknown = re.search(r"unrecognized arguments: --?([\w.\-]+)", message)
+    if unknown:
+        name = unknown[1].partition(".")[0].replace("-", "_")
+        return f"there is no setting '{name}'{nearest(name, known)}"
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    expected = re.findall(r"Expected an? (?:<class '(\w+)'>|([^.\n]+))", message)
+    given = re.findall(r"(?:Got value|Given value): (.*)", message)
+    if key and expected:
+        kinds = " or ".join(dict.fromkeys(a or b for a, b in expected)).replace("NoneType", "null")
+        return f"{key[1]} must be {kinds}" + (f", got {given[-1]}" if given else "")
+    return " ".join(message.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

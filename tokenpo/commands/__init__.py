@@ -1,0 +1,1 @@
+"""The commands, one file each: what `tokenpo <command>` does, callable from Python."""

@@ -1,0 +1,92 @@
+"""The configuration of a training run: one typed record for Python, YAML and the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainConfig:
+    """Fine-tune a causal language model on preference pairs with a token-level loss."""
+
+    model: str = "embedded"
+    """Folder of a Hugging Face causal language model (safetensors), a hub name, or 'embedded': the tiny one inside."""
+    train: str = "embedded"
+    """Preference pairs to train on: a JSONL, Parquet or CSV file, a dataset folder, or 'embedded'."""
+    test: str | None = None
+    """Held-out pairs, likewise. Left out: a twentieth of the training pairs (at most 500), drawn with the seed."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Where your columns have other names: {prompt: question, chosen: good, rejected: bad}."""
+    max_length: int = 1024
+    """Tokens of prompt and response together; a longer response is cut at its end, and counted."""
+    max_prompt_length: int | None = None
+    """Tokens of the prompt; a longer one loses its beginning."""
+    loss: dict[str, Any] = field(default_factory=lambda: {"name": "tdpo2"})
+    """The loss by name, and its hyperparameters: --loss.name dpo --loss.beta 0.2. `tokenpo methods` lists them."""
+    reference: str = "auto"
+    """auto, none, copy, adapter-off, adapter:NAME or model:FOLDER. auto: adapter-off under LoRA, else a frozen copy."""
+    credit: dict[str, Any] = field(default_factory=dict)
+    """Token rewards for a loss that needs them: {name: implicit, model: FOLDER, beta: 0.1}; no model: trained first."""
+    lora: int | None = None
+    """Rank of a LoRA adapter on all linear layers; left out: all weights are trained."""
+    lora_options: dict[str, Any] = field(default_factory=dict)
+    """More arguments of peft.LoraConfig: {lora_alpha: 32, target_modules: [q_proj, v_proj]}."""
+    dtype: str = "auto"
+    """Weights in float32, bfloat16 or float16; auto: as stored, but float32 where all weights are trained."""
+    learning_rate: float | None = None
+    """Left out: 5e-7 for all weights, 1e-4 for LoRA."""
+    batch_size: int = 8
+    """Pairs per device and micro-batch."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step; the loss is exact over all of them."""
+    epochs: float = 1.0
+    """Passes over the training pairs."""
+    max_steps: int = -1
+    """Optimizer steps, if positive, in place of epochs."""
+    log_every: int = 10
+    """Steps between logged lines."""
+    eval_every: int | None = None
+    """Steps between evaluations on the held-out pairs; left out: about ten in a run."""
+    save_every: int | None = None
+    """Steps between checkpoints; left out: as eval_every."""
+    seed: int = 0
+    """Order of the data, sampling, initial adapter."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Any other field of transformers.TrainingArguments: {report_to: wandb, bf16: true, warmup_steps: 20}."""
+    samples: int = 64
+    """Texts sampled before and after training, to compare; 0 samples none."""
+    max_new_tokens: int = 128
+    """Length limit of a sampled text."""
+    output: str | None = None
+    """Folder of the run; left out: runs/<loss>. A finished one is never written over, a killed one is gone on with."""
+    resume: bool = True
+    """Go on with an unfinished run of the same configuration in the output folder."""
+
+
+def preset(loss: str) -> dict[str, Any]:
+    """Values that suit the embedded model and pairs, by loss: tiny models want large steps and a large beta.
+
+    With preferences drawn by sigmoid(reward / tau), DPO's optimum tilts the reference by exp(reward / (tau * beta)):
+    beta sets how far the policy moves.
+    """
+    return {
+        "loss": {"name": loss, **EMBEDDED_LOSS.get(loss, {})},
+        "learning_rate": 1e-3,
+        "batch_size": 32,
+        "max_steps": 400,
+        "max_length": 96,
+        "max_new_tokens": 64,
+        "samples": 256,
+        "trainer": {"lr_scheduler_type": "cosine", "warmup_steps": 20, "adam_beta2": 0.98},
+    }
+
+
+EMBEDDED_LOSS: dict[str, dict[str, Any]] = {
+    "dpo": {"beta": 1.5},
+    "tdpo1": {"beta": 1.5},
+    "tdpo2": {"beta": 1.5, "alpha": 0.5},
+    "tgdpo": {"beta": 1.5},
+    "ipo": {"beta": 1.0},
+    "simpo": {"beta": 10.0, "gamma": 1.0},
+}

@@ -1,0 +1,261 @@
+"""`tokenpo train`: from a configuration to a run folder with the model, its numbers and its curves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from tokenpo import __version__, methods
+from tokenpo.commands import compare
+from tokenpo.commands.config import TrainConfig
+from tokenpo.commands.credit import check_credit, token_rewards
+from tokenpo.commands.loading import DTYPES, load_model, load_tokenizer, model_folder, prepare_threads
+from tokenpo.errors import InputError
+
+UNCOMPARED = ("output", "resume")
+"""Fields that may differ between a killed run and the command that goes on with it."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Run it; returns the run's folder. Everything that can be wrong is checked before the first model loads."""
+    loss = check(config)
+    return fit(config, open_run(config, loss.name), loss)
+
+
+def check(config: TrainConfig) -> methods.Method:
+    """The loss, after every setting that needs no model was looked at."""
+    arguments = dict(config.loss)
+    name = arguments.pop("name", None)
+    if name is None:
+        raise InputError("the configuration's loss has no name: loss: {name: tdpo2}")
+    loss = methods.get(str(name), kind="pairwise")
+    methods.configure(loss.name, kind="pairwise", **arguments)
+    for field in ("batch_size", "accumulate", "max_length", "log_every", "max_new_tokens"):
+        if getattr(config, field) < 1:
+            raise InputError(f"{field} must be at least 1, got {getattr(config, field)}")
+    if config.epochs <= 0 and config.max_steps < 1:
+        raise InputError(f"epochs must be positive, got {config.epochs}: or give max_steps")
+    if config.learning_rate is not None and not config.learning_rate > 0:
+        raise InputError(f"learning_rate must be positive, got {config.learning_rate}")
+    if config.lora is not None and config.lora < 1:
+        raise InputError(f"lora is the adapter's rank: at least 1, got {config.lora}")
+    if config.dtype not in DTYPES:
+        raise InputError(f"dtype '{config.dtype}' is unknown: choose one of {', '.join(DTYPES)}")
+    check_credit(config, loss)
+    model_folder(config.model)
+    _training_arguments(config, Path("unused"), n_rows=1)
+    return loss
+
+
+def open_run(config: TrainConfig, loss: str) -> Path:
+    """The run's folder: the one asked for, or runs/<loss>; an unfinished one again, never a finished one."""
+    wanted = Path(config.output or f"runs/{loss}")
+    run = wanted
+    number = 1
+    while (run / "summary.json").exists():
+        if config.output is not None:
+            raise InputError(f"{run} holds a finished run: choose another output, or remove it")
+        number += 1
+        run = wanted.with_name(f"{wanted.name}-{number}")
+    ours = {k: v for k, v in dataclasses.asdict(config).items() if k not in UNCOMPARED}
+    file = run / "config.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        differing = sorted(k for k in ours if before.get(k) != ours[k])
+        if differing:
+            raise InputError(
+                f"{run} holds an unfinished run whose {differing[0]} was {before.get(differing[0])!r}, now "
+                f"{ours[differing[0]]!r}: give another output, or remove the folder"
+            )
+        if not config.resume:
+            raise InputError(f"{run} holds an unfinished run: give another output, remove it, or let resume be true")
+    else:
+        if run.exists() and any(run.iterdir()):
+            raise InputError(f"{run} is not empty and holds no run of tokenpo: choose another output")
+        run.mkdir(parents=True, exist_ok=True)
+        _write_json(file, ours)
+    return run
+
+
+def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
+    """Load, train, compare before with after, write."""
+    import transformers
+
+    from tokenpo.training import PreferenceTrainer, ProgressLine, last_checkpoint
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.set_seed(config.seed)
+    tokenizer = load_tokenizer(config.model)
+    train_rows, test_rows, test_pairs = load_rows(config, tokenizer)
+    train_rows, test_rows = token_rewards(config, run, (train_rows, test_rows), loss)
+    model = load_policy(config)
+    prepare_threads(model)
+    arguments = {k: v for k, v in config.loss.items() if k != "name"}
+    trainer = PreferenceTrainer(
+        model,
+        _training_arguments(config, run, n_rows=len(train_rows)),
+        train_dataset=train_rows,
+        eval_dataset=test_rows,
+        tokenizer=tokenizer,
+        loss=loss.name,
+        loss_args=arguments,
+        reference=config.reference,
+        load_reference=lambda folder: load_model(folder, config.dtype),
+        callbacks=[ProgressLine()],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    _say(f"{loss.name} on {len(train_rows)} pairs, {len(test_rows)} held out; run folder {run}")
+    before = compare.before(config, run, trainer, test_pairs)
+    checkpoint = last_checkpoint(run / "checkpoints") if config.resume else None
+    if checkpoint:
+        _say(f"going on from {checkpoint}")
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - started
+    rows = trainer.state.log_history
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation = trainer.evaluate()
+    save_model(trainer, run / "model")
+    after = compare.after(config, trainer, test_pairs)
+    summary = {
+        "loss": {"name": loss.name, **loss.defaults, **arguments},
+        "reference": trainer.reference.mode if trainer.reference else "none",
+        "steps": trainer.state.global_step,
+        "seconds_training": round(seconds, 2),
+        "resumed": checkpoint is not None,
+        "held_out": {k.removeprefix("eval_"): v for k, v in evaluation.items() if k.startswith("eval_")},
+        "bayes_rate": compare.bayes_rate(config, test_pairs),
+        "before": before,
+        "after": after,
+        "versions": versions(),
+    }
+    if trainer.is_world_process_zero():
+        compare.show(summary, _say)
+        compare.draw(run, [*rows, {"step": trainer.state.global_step, **evaluation}], summary)
+        _write_json(run / "summary.json", summary)
+        _say(f"written: {run}/ (model/, summary.json, metrics.jsonl, curves.png, samples.jsonl)")
+    return run
+
+
+def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Tokenised training rows, tokenised held-out rows, and the held-out pairs as they were written."""
+    import torch
+
+    from tokenpo.data import load_preferences, tokenize_preferences
+
+    def load(source: Any, name: str) -> tuple[Any, Any]:
+        pairs = load_preferences(source, columns=config.columns or None, split=name)
+        limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+        file = source if isinstance(source, str) else None
+        return pairs, tokenize_preferences(pairs, tokenizer, **limits, file=file)
+
+    if config.train == "embedded":
+        from tokenpo.data.reviews import embedded_pairs
+
+        pairs, rows = load(embedded_pairs("train"), "train")
+        test = load(embedded_pairs("test") if config.test is None else config.test, "test")
+    else:
+        pairs, rows = load(config.train, "train")
+        test = None if config.test is None else load(config.test, "test")
+    if test is not None:
+        return rows, test[1], list(test[0])
+    if len(rows) < 2:
+        raise InputError(f"{config.train} has {len(rows)} pair: at least 2 are needed to hold one out")
+    held_out = max(1, min(500, len(rows) // 20))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    return rows.select(order[held_out:]), rows.select(order[:held_out]), list(pairs.select(order[:held_out]))
+
+
+def load_policy(config: TrainConfig) -> Any:
+    """The model that trains; with `lora`, a fresh adapter on it."""
+    full = config.lora is None
+    model = load_model(config.model, "float32" if full and config.dtype == "auto" else config.dtype)
+    if full:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    options = {"r": config.lora, "lora_alpha": 2 * config.lora, "target_modules": "all-linear", **config.lora_options}
+    try:
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    except (TypeError, ValueError) as reason:
+        raise InputError(f"lora_options: {reason}") from reason
+
+
+def save_model(trainer: Any, folder: Path) -> None:
+    """Model and tokenizer, written beside and moved into place, so that a failure leaves nothing half written."""
+    import shutil
+
+    from tokenpo.errors import TokenpoError
+
+    draft = folder.with_name(folder.name + ".part")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        trainer.save_model(str(draft))
+    except Exception as reason:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise TokenpoError(f"could not write {folder}: {reason}; the checkpoints are intact") from reason
+    if trainer.is_world_process_zero():
+        draft.rename(folder)
+
+
+def _training_arguments(config: TrainConfig, run: Path, n_rows: int) -> Any:
+    """transformers' arguments from ours; a field of `trainer` that it does not know is named."""
+    import math
+    import os
+
+    import torch
+    from transformers import TrainingArguments
+
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    for key in config.trainer:
+        if key not in known:
+            raise InputError(f"trainer has no setting '{key}'{methods.nearest(key, known)}")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    per_epoch = max(1, math.ceil(n_rows / (config.batch_size * config.accumulate * world)))
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * per_epoch)
+    every = config.eval_every or max(1, math.ceil(steps / 10))
+    ours = {
+        "output_dir": str(run / "checkpoints"),
+        "learning_rate": config.learning_rate or (5e-7 if config.lora is None else 1e-4),
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulate,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps,
+        "logging_steps": config.log_every,
+        "eval_strategy": "steps",
+        "eval_steps": every,
+        "save_strategy": "steps",
+        "save_steps": config.save_every or every,
+        "save_total_limit": 2,
+        "seed": config.seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "weight_decay": 0.0,
+    }
+    try:
+        return TrainingArguments(**{**ours, **config.trainer})
+    except (TypeError, ValueError, ImportError) as reason:
+        raise InputError(f"trainer: {str(reason).strip().splitlines()[0]}") from reason
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "accelerate", "peft", "datasets")
+    return {"tokenpo": __version__, "python": platform.python_version(), **{n: version(n) for n in names}}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
+    draft.rename(path)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

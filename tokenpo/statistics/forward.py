@@ -1,0 +1,204 @@
+"""From a causal language model and a batch to the statistics of its response tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenpo.errors import InputError
+from tokenpo.statistics.dense import check_outputs, scatter_rows
+from tokenpo.statistics.head import LinearHead, output_module
+from tokenpo.statistics.linear import linear_token_stats
+from tokenpo.types import TokenStats
+
+__all__ = ["head_matches_model", "hidden_before_head", "response_stats", "scatter_rows"]
+
+Batch = Mapping[str, Tensor]
+Reference = Callable[[Batch], tuple[Tensor, LinearHead]]
+CARRIED = ("token_rewards", "token_weights")
+
+
+def response_stats(
+    model: nn.Module,
+    batch: Batch,
+    outputs: Sequence[str] = ("logps",),
+    *,
+    reference: Reference | None = None,
+    temperature: float = 1.0,
+) -> TokenStats:
+    """One forward of `model`, then the statistics of every response token; no logits are built.
+
+    A row of the batch is prompt, response, padding. Response token t of row b sits in column
+    prompt_lengths[b] + t and is predicted by the hidden state one column to its left. Only those hidden
+    states meet the head.
+
+    Args:
+        model: a decoder-only language model, also inside DDP or PEFT. Gradient flows to its parameters.
+        batch: `input_ids` and `attention_mask` (B, L), `prompt_lengths` and `response_lengths` (B,) int64; if
+            present, `token_rewards` and `token_weights` (B, T) floats are attached to the result.
+        outputs: any of "logps" (always given), "entropy", "ref_kl", "policy_kl", "ref_logps".
+        reference: gives the reference's hidden states before its head (B, L, d) and that head, for example
+            `lambda batch: (hidden_before_head(ref, batch), LinearHead.of(ref))`. Called before the model,
+            with gradients off; `ref_logps` is then always among the results.
+        temperature: divides both logits, > 0.
+
+    Returns TokenStats (B, T) in float32 or wider, T the longest response, mask = t < response_lengths, zeros
+    where it is False. A batch without any response token has a gradient path too.
+
+    Raises InputError for rows that break the layout, unsupported heads, or wrong shapes; MissingInputError if
+    "ref_kl", "policy_kl" or "ref_logps" is asked for without a reference.
+    """
+    names = {"logps", *check_outputs(outputs, reference is not None)}
+    places = _places(batch)
+    ref_rows = ref_head = None
+    if reference is not None:
+        names.add("ref_logps")
+        with torch.no_grad():
+            ref_hidden, ref_head = reference(batch)
+            ref_rows = _take(ref_hidden, places, "the reference's")
+        # autocast keeps the casts of weights; ones made without gradients must not serve the model's forward
+        torch.clear_autocast_cache()
+    rows = _take(hidden_before_head(model, batch), places, "the model's")
+    values = linear_token_stats(
+        rows,
+        LinearHead.of(model),
+        batch["input_ids"].flatten()[places.before + 1],
+        outputs=tuple(names),
+        ref_hidden=ref_rows,
+        ref_head=ref_head,
+        temperature=temperature,
+    )
+    columns = {name: scatter_rows(value, places.mask) for name, value in values.items()}
+    columns |= {name: batch[name] for name in CARRIED if name in batch}
+    return TokenStats(mask=places.mask, **columns)
+
+
+def hidden_before_head(model: nn.Module, batch: Batch) -> Tensor:
+    """What the output head of `model` is given, (B, L, d), by one forward without the head's product.
+
+    The whole model is called, as DDP, FSDP and PEFT require; its head alone is replaced for that time. Under
+    autocast the result is in autocast's dtype, as the head would see it.
+
+    Raises InputError if the model has no head, calls it more than once, or adds positions of its own.
+    """
+    module = output_module(model)
+    caught: list[Tensor] = []
+
+    def catch(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        caught.append(hidden)
+        # DDP looks for unused parameters from the outputs: the head's, used later, must be found there
+        anchors = (p[(0,) * p.dim()] for p in module.parameters() if p.requires_grad and p.numel())
+        return hidden[..., :1] + sum(anchors, start=hidden.new_zeros(()))
+
+    with _forward_replaced(module, catch):
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    if len(caught) != 1:
+        raise InputError(
+            f"{type(model).__name__} called its output head {len(caught)} times in a forward, not once"
+        )
+    if caught[0].shape[:2] != batch["input_ids"].shape:
+        raise InputError(
+            f"the hidden states before the head are {tuple(caught[0].shape)} but input_ids are "
+            f"{tuple(batch['input_ids'].shape)}: models and adapters that add positions are not supported"
+        )
+    return caught[0]
+
+
+def head_matches_model(model: nn.Module, batch: Batch, *, rtol: float = 2e-2) -> float:
+    """The largest difference between the model's own logits and `LinearHead.of(model)` on one short row.
+
+    One forward without gradients over the first 32 tokens of the shortest row, head included: a cheap guard,
+    for the start of a run, against changes a model makes to its logits that the head does not know.
+
+    Raises InputError if the difference exceeds `rtol` times the largest logit, or shapes differ.
+    """
+    lengths = batch["attention_mask"].sum(1)
+    row = int(lengths.argmin())
+    stop = min(int(lengths[row]), 32)
+    short = {name: batch[name][row : row + 1, :stop] for name in ("input_ids", "attention_mask")}
+    caught: list[Tensor] = []
+    handle = output_module(model).register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    try:
+        with torch.no_grad():
+            theirs = model(**short, use_cache=False).logits
+            ours = LinearHead.of(model).logits(caught[0])
+    finally:
+        handle.remove()
+    if theirs.shape != ours.shape:
+        raise InputError(
+            f"{type(model).__name__} returns logits {tuple(theirs.shape)} but its head gives "
+            f"{tuple(ours.shape)}: it drops or adds columns in a way tokenpo does not know"
+        )
+    difference = float((theirs - ours).abs().max())
+    if not difference <= rtol * float(theirs.abs().max()):
+        raise InputError(
+            f"the logits of {type(model).__name__} differ by {difference:.3g} from its head's: it changes "
+            "them after the head in a way tokenpo does not know, so its log-probs would be wrong"
+        )
+    return difference
+
+
+class _Places(NamedTuple):
+    """Where the responses are: `mask` (B, T), and for each True position the flat (B * L) index of the hidden
+    state that predicts it."""
+
+    mask: Tensor
+    before: Tensor
+    length: int
+
+
+def _places(batch: Batch) -> _Places:
+    ids, attended = batch["input_ids"], batch["attention_mask"]
+    prompts, responses = batch["prompt_lengths"], batch["response_lengths"]
+    rows, length = ids.shape
+    if attended.shape != ids.shape or prompts.shape != (rows,) or responses.shape != (rows,):
+        raise InputError(
+            f"input_ids {tuple(ids.shape)} and attention_mask {tuple(attended.shape)} must be (B, L), "
+            f"prompt_lengths {tuple(prompts.shape)} and response_lengths {tuple(responses.shape)} (B,)"
+        )
+    ends = prompts + responses
+    real = torch.arange(length, device=ids.device) < ends[:, None]
+    _refuse_rows(prompts < 1, "has no prompt token: the first response token needs one before it (BOS)")
+    _refuse_rows(responses < 0, "has a negative response length")
+    _refuse_rows(ends > length, f"has a prompt and a response that end beyond column {length}")
+    _refuse_rows((real & ~attended.bool()).any(1), "has padding before its end: pad on the right")
+    steps = torch.arange(int(responses.max()) if rows else 0, device=ids.device)
+    mask = steps < responses[:, None]
+    starts = torch.arange(rows, device=ids.device) * length + prompts - 1
+    return _Places(mask, (starts[:, None] + steps)[mask], length)
+
+
+def _refuse_rows(bad: Tensor, why: str) -> None:
+    if bad.any():
+        raise InputError(f"row {int(bad.nonzero()[0, 0])} {why}")
+
+
+def _take(hidden: Tensor, places: _Places, whose: str) -> Tensor:
+    """(N, d): the hidden states that predict response tokens."""
+    if hidden.dim() != 3 or hidden.shape[:2] != (places.mask.shape[0], places.length):
+        raise InputError(
+            f"{whose} hidden states are {tuple(hidden.shape)}, "
+            f"not ({places.mask.shape[0]}, {places.length}, d)"
+        )
+    return hidden.flatten(0, 1).index_select(0, places.before)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """`module.forward` is `forward` inside the block. Hooks of the module still run."""
+    before = module.__dict__.get("forward")  # accelerate and others set one on the instance
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
