@@ -243,9 +243,7 @@ def segment_reward(case: Case) -> None:
         rewards = rewards / masked.count(mask, -1).unsqueeze(-1)
     if "end_penalty" in config["exp_prefix"]:
         penalty = -float(config["exp_prefix"].split("_m")[-1].replace("d", "."))
-        rewards = torch.where(
-            case["eos_present"].bool().unsqueeze(-1), rewards, masked.select(penalty + 0 * rewards, mask)
-        )
+        rewards = torch.where(case["eos_present"].bool().unsqueeze(-1), rewards, penalty)  # padding too, as released
     case.check("out_token_rewards", rewards)
     clamped = rewards.clamp(-config["reward_clamp"], config["reward_clamp"])
     with_kl = subtract_kl(clamped, case["logps"], case["ref_logps"], mask, beta=config["kl_coef"])

@@ -100,7 +100,7 @@ def abc_d_last_weights(step_attentions: Tensor, positions: Tensor, mask: Tensor,
 
 
 def _expect_attention(name: str, attention: Tensor, positions: Tensor, mask: Tensor) -> None:
-    expect_shape("positions", positions, tuple(mask.shape), "where each token sits on the attention's key axis")
+    expect_shape("positions", positions, mask.shape, "where each token sits on the attention's key axis")
     if attention.dim() != 4:
         raise InputError(f"{name} must be (B, heads, queries, keys), one layer, got shape {tuple(attention.shape)}")
     outside = mask & ((positions < 0) | (positions >= attention.shape[-1]))

@@ -63,13 +63,14 @@ def blend_shapes(rewards: Tensor, shapes: Sequence[Tensor], weights: Sequence[fl
     """(B, T) `R * sum_k weights[k] * shapes[k]`: sums to R where every shape (B, T) and the weights sum to 1."""
     if len(shapes) != len(weights):
         raise InputError(f"{len(shapes)} shapes but {len(weights)} weights: give one weight a shape")
-    blend = sum(weights[k] * masked.select(shape.detach(), mask) for k, shape in enumerate(shapes))
-    return masked.select(blend * masked.widen(rewards.detach()).unsqueeze(-1), mask)
+    row = masked.widen(rewards.detach()).unsqueeze(-1)
+    parts = [weights[k] * (row * masked.select(shape.detach(), mask)) for k, shape in enumerate(shapes)]
+    return masked.select(torch.stack(parts).sum(0), mask)
 
 
 def softmax_shape(attributions: Tensor, mask: Tensor) -> Tensor:
     """(B, T) softmax of attributions over a row's tokens: positive, sums to 1, always finite; zeros if empty."""
-    expect_shape("attributions", attributions, tuple(mask.shape), "one attribution a token of mask")
+    expect_shape("attributions", attributions, mask.shape, "one attribution a token of mask")
     scores = masked.select(attributions.detach(), mask)
     top = masked.select(scores, mask, -torch.inf).amax(-1, keepdim=True) if mask.shape[-1] else scores
     powers = masked.select(torch.exp(scores - torch.where(torch.isfinite(top), top, 0.0)), mask)
@@ -78,7 +79,7 @@ def softmax_shape(attributions: Tensor, mask: Tensor) -> Tensor:
 
 def absolute_shape(attributions: Tensor, mask: Tensor) -> Tensor:
     """(B, T) |attribution| over the row's sum of them; uniform where all are zero; zeros if empty."""
-    expect_shape("attributions", attributions, tuple(mask.shape), "one attribution a token of mask")
+    expect_shape("attributions", attributions, mask.shape, "one attribution a token of mask")
     sizes = masked.select(attributions.detach(), mask).abs()
     total = sizes.sum(-1, keepdim=True)
     uniform = 1.0 / masked.count(mask, -1).unsqueeze(-1).to(sizes.dtype)

@@ -6,6 +6,8 @@ token after them are neighbours. No output carries gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,10 @@ from tokenpo.methods import Finite, Fraction, NonNegative, method
 SHAPING = "Policy Invariance Under Reward Transformations: Theory and Application to Reward Shaping"
 
 
-def expect_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+def expect_shape(name: str, x: Tensor, shape: Sequence[int], meaning: str) -> None:
     """Raise unless `x` has `shape`; the sentence names the argument and what its axes mean."""
-    if tuple(x.shape) != shape:
-        raise InputError(f"{name} has shape {tuple(x.shape)} but must have {shape}: {meaning}")
+    if tuple(x.shape) != tuple(shape):
+        raise InputError(f"{name} has shape {tuple(x.shape)} but must have {tuple(shape)}: {meaning}")
 
 
 def final_token(mask: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ def shaping_terms(potentials: Tensor, mask: Tensor, *, gamma: Fraction = 1.0) ->
     is not zero adds a term that depends on the response and moves the optimum. With gamma = 1 a row sums to
     -Phi of its prompt. Detached.
     """
-    expect_shape("potentials", potentials, tuple(mask.shape), "the potential of the prefix before each token")
+    expect_shape("potentials", potentials, mask.shape, "the potential of the prefix before each token")
     here = masked.select(potentials.detach(), mask)
     return masked.select(gamma * take_columns(here, next_token(mask), 0.0) - here, mask)
 

@@ -7,9 +7,14 @@ from torch import Tensor
 
 from tokenpo import masked
 from tokenpo.credit.basic import expect_shape
-from tokenpo.methods import Fraction
+from tokenpo.methods import Fraction, method
 
 
+@method(
+    "gae", kind="token_advantages",
+    title="High-Dimensional Continuous Control Using Generalized Advantage Estimation",
+    paper="https://arxiv.org/abs/1506.02438", golden=("gae",),
+)  # fmt: skip
 def gae(
     token_rewards: Tensor,
     values: Tensor,
@@ -28,8 +33,8 @@ def gae(
     Advantages are raw: `masked.whiten(advantages, mask)` is what PPO usually adds; returns never take it.
     lam = 1 is reward-to-go less V; lam = 0 is delta. Detached. An empty row gives zeros.
     """
-    expect_shape("token_rewards", token_rewards, tuple(mask.shape), "one reward a token of mask")
-    expect_shape("values", values, tuple(mask.shape), "the value before each token of mask")
+    expect_shape("token_rewards", token_rewards, mask.shape, "one reward a token of mask")
+    expect_shape("values", values, mask.shape, "the value before each token of mask")
     r, v = masked.select(token_rewards.detach(), mask), masked.select(values.detach(), mask)
     decay = gamma * lam
     advantage = next_value = (r + v).new_zeros(len(mask))

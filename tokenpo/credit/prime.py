@@ -44,6 +44,7 @@ def scaled_by_return(token_rewards: Tensor, mask: Tensor, *, eps: NonNegative = 
     return masked.select(masked.select(token_rewards.detach(), mask) / (largest + eps), mask)
 
 
+@method("prime_returns", kind="token_advantages", title=TITLE, paper=PAPER)
 def prime_returns(
     token_rewards: Tensor,
     rewards: Tensor,
@@ -74,6 +75,7 @@ def prime_returns(
     return process + outcome_weight * reward_to_go(outcome, mask, gamma=outcome_gamma)
 
 
+@method("prime_released_returns", kind="token_advantages", title=TITLE, paper=PAPER, golden=("implicit_prm",))
 def released_prime_returns(
     token_rewards: Tensor,
     rewards: Tensor,
@@ -92,7 +94,7 @@ def released_prime_returns(
     means = masked.mean(token_rewards.detach(), mask, -1)
     total, others = _group_sum(means, group), _others(group, mask)
     credit = masked.select(token_rewards.detach(), mask)
-    process = credit * ((others + 1) / others).unsqueeze(-1) - (total / others).unsqueeze(-1)
+    process = (credit * (others + 1).unsqueeze(-1) - total.unsqueeze(-1)) / others.unsqueeze(-1)
     outcome = _outcome(rewards, group, mask)
     process = process_weight * reward_to_go(process, mask, gamma=process_gamma)
     return process + outcome_weight * reward_to_go(outcome, mask, gamma=outcome_gamma)

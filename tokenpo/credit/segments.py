@@ -65,7 +65,7 @@ def entropy_segments(entropy: Tensor, mask: Tensor, *, threshold: NonNegative = 
     0 makes every token its own segment. The released code calls threshold 1000 the whole response *with* its end:
     that is `whole_segment`. The paper's thresholds: 1.75 (Phi-3-mini), 2.0 (Llama-3 8B).
     """
-    expect_shape("entropy", entropy, tuple(mask.shape), "nats, one a token of mask")
+    expect_shape("entropy", entropy, mask.shape, "nats, one a token of mask")
     inside = mask & ~final_token(mask)
     starts = inside & (previous_token(mask) >= 0) & (masked.select(entropy.detach(), mask) > threshold)
     return torch.where(inside, starts.cumsum(-1), OUTSIDE)
@@ -101,7 +101,7 @@ def normalised_segment_values(
     least_std: Positive | None = None,
 ) -> Tensor:
     """(B, T) v_k of `segment_rewards` at the end of segment k, zero elsewhere. Detached."""
-    expect_shape("rm_values", rm_values, tuple(segments.shape), "the reward model's head at each token of segments")
+    expect_shape("rm_values", rm_values, segments.shape, "the reward model's head at each token of segments")
     ends = segment_ends(segments)
     values = masked.select(rm_values.detach(), ends)
     total = ends.sum(-1, keepdim=True).clamp(min=1)

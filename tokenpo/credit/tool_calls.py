@@ -6,6 +6,7 @@ A call is a mapping with `name` and `parameters` (or `arguments`), themselves a 
 from __future__ import annotations
 
 import json
+import math
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,20 +80,19 @@ def matched_rewards(similarity: Tensor, matching: Tensor, *, unmatched: Finite =
 def transport_plan(similarity: Tensor, *, regularisation: Positive = 0.1, iterations: int = 1000) -> Tensor:
     """(m, n) float64 optimal transport plan: cost -similarity, marginals 1/m and 1/n, entropic regularisation.
 
-    Sinkhorn iterations in the log domain, so that small `regularisation` does not underflow, until the row
-    marginals hold to 1e-9.
+    Sinkhorn iterations in the log domain, so that small `regularisation` does not underflow, each setting column
+    then row marginals, until the columns hold to 1e-9 of their size.
     """
     m, n = similarity.shape
     if m == 0 or n == 0:
         return torch.zeros(m, n, dtype=torch.float64)
     scores = similarity.detach().double() / regularisation
-    potential = scores.new_zeros(n)
+    rows, plan = scores.new_zeros(m, 1), scores
     for _ in range(iterations):
-        rows = -torch.logsumexp(scores + potential, 1, keepdim=True)
-        rows = rows - rows.new_tensor(m).log()
-        potential = -torch.logsumexp(scores + rows, 0) - rows.new_tensor(n).log()
-        plan = torch.exp(scores + rows + potential)
-        if (plan.sum(1) * m - 1.0).abs().max() < 1e-9:
+        columns = -torch.logsumexp(scores + rows, 0, keepdim=True) - math.log(n)
+        rows = -torch.logsumexp(scores + columns, 1, keepdim=True) - math.log(m)
+        plan = torch.exp(scores + rows + columns)
+        if (plan.sum(0) * n - 1.0).abs().max() < 1e-9:
             break
     return plan
 

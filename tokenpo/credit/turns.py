@@ -48,6 +48,7 @@ def turn_ends(mask: Tensor) -> Tensor:
     return mask & ~torch.cat([mask[:, 1:], mask.new_zeros(len(mask), min(mask.shape[1], 1))], -1)
 
 
+@method("matchtir_advantages", kind="token_advantages", title=TITLE, paper=PAPER)
 def dual_level_advantages(
     token_rewards: Tensor, group: Tensor, mask: Tensor, *, gamma: Fraction = 0.9, eps: Positive = 1e-6
 ) -> Tensor:
@@ -62,6 +63,7 @@ def dual_level_advantages(
     return fuse_levels(trajectory, turn_advantages(token_rewards, group, mask, gamma=gamma, eps=eps), mask)
 
 
+@method("matchtir_released_advantages", kind="token_advantages", title=TITLE, paper=PAPER, golden=("matchtir",))
 def mean_dual_level_advantages(
     token_rewards: Tensor, group: Tensor, mask: Tensor, *, gamma: Fraction = 0.9, eps: Positive = 1e-6
 ) -> Tensor:

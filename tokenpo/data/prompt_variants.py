@@ -56,13 +56,13 @@ def at_least_words(response: str, followed: bool, rng: random.Random) -> Rule | 
 def includes_word(response: str, followed: bool, rng: random.Random) -> Rule | None:
     """A word that must occur."""
     word = _pick_word(response, followed, rng)
-    return word and Rule(f"Include the word '{word}'.", lambda text: word in _words(text))
+    return Rule(f"Include the word '{word}'.", lambda text: word in _words(text)) if word else None
 
 
 def avoids_word(response: str, followed: bool, rng: random.Random) -> Rule | None:
     """A word that must not occur."""
     word = _pick_word(response, not followed, rng)
-    return word and Rule(f"Do not use the word '{word}'.", lambda text: word not in _words(text))
+    return Rule(f"Do not use the word '{word}'.", lambda text: word not in _words(text)) if word else None
 
 
 def ends_with(response: str, followed: bool, rng: random.Random) -> Rule | None:

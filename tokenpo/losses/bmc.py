@@ -37,9 +37,8 @@ def _own_weights_terms(stats: TokenStats, delta: float) -> Tensor:
 
 
 def _bmc(chosen: TokenStats, rejected: TokenStats, terms: Sides, delta: float) -> LossOutput:
-    sides = (chosen, rejected)
-    weight = 0.5 * sum(masked.mean(_weights(s, s.logps, delta), s.mask, -1) for s in sides)
-    return pairwise_loss(chosen, rejected, terms, metrics={"token/confidence_weights": weight})
+    means = [masked.mean(_weights(s, s.logps, delta), s.mask, -1) for s in (chosen, rejected)]
+    return pairwise_loss(chosen, rejected, terms, metrics={"token/confidence_weights": 0.5 * (means[0] + means[1])})
 
 
 @method("bmc", kind="pairwise", title=TITLE, paper=PAPER, needs=NEEDS, golden=("bmc",))

@@ -29,7 +29,7 @@ def mapl_intra_loss(
     """DPO's loss on one response under two prompts, averaged apart for chosen and for rejected responses.
 
     With x_w, x_l the prompts whose instructions response y follows better and worse, d = logps - ref_logps (each
-    with its own prompt), of pair p (rows of `tokenpo.data.prompt_pairs`):
+    with its own prompt), of pair p (rows of `tokenpo.data.prompt_variants.prompt_pairs`):
 
         l_p = -log sigmoid(beta * (sum_t d(y | x_w) - sum_t d(y | x_l))),
         loss = mean_{y chosen} l_p + rejected_weight * mean_{y rejected} l_p

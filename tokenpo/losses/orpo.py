@@ -18,15 +18,12 @@ PAPER = "https://arxiv.org/abs/2403.07691"
 
 
 def log_odds(mean_logps: Tensor, *, eps: Positive = 1e-7) -> Tensor:
-    """log(p / (1 - p)) of p = exp(mean_logps), stable at both ends.
+    """log(p / (1 - p)) of p = exp(mean_logps); no digits are lost near p = 1, nor where p is too small for a float.
 
     p is taken as exp(-eps) where it is larger, with no gradient from there: log(1 - p) has no floor at p = 1.
     """
     log_p = mean_logps.clamp(max=-eps)
-    # Either formula loses its digits where the other keeps them; the unused branch must not overflow either.
-    near_one = log_p > -0.6931471805599453
-    high, low = torch.where(near_one, log_p, -1.0), torch.where(near_one, -1.0, log_p)
-    return log_p - torch.where(near_one, torch.log(-torch.expm1(high)), torch.log1p(-torch.exp(low)))
+    return log_p - torch.log(-torch.expm1(log_p))
 
 
 def _odds_ratio(chosen: TokenStats, rejected: TokenStats, beta: float, eps: float) -> LossOutput:

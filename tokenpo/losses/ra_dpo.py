@@ -74,7 +74,8 @@ def cvar_risk(logits: Tensor, ref_logits: Tensor, mask: Tensor, *, mu: Confidenc
     mask, where anything may stand. Gradient flows into `logits`, at fixed tail mass. Attach the result with
     `dataclasses.replace(stats, ref_risk=...)`.
     """
-    return _by_position(functools.partial(_cvar, mu=mu), logits, ref_logits, mask)
+    tail = functools.partial(_tail, mu=mu)
+    return _by_position(functools.partial(_cvar, mu=mu), logits, ref_logits, mask, prepare=tail)
 
 
 def entropic_risk(logits: Tensor, ref_logits: Tensor, mask: Tensor, *, mu: Positive = 5.0) -> Tensor:
@@ -133,15 +134,19 @@ def released_thresholded_stats(
     )
 
 
-def _cvar(log_p: Tensor, log_q: Tensor, mu: float) -> Tensor:
+def _tail(log_p: Tensor, log_q: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+    """(N, 1) cost where the worst `mu` of the mass begins, and the share of the entries at that cost which is in it."""
     cost, mass = _cost(log_p, log_q), log_q.exp()
-    with torch.no_grad():
-        ordered, order = cost.sort(-1)
-        dropped = (mass.gather(-1, order).cumsum(-1) <= 1.0 - mu).sum(-1, keepdim=True)
-        border = ordered.gather(-1, dropped.clamp(max=cost.shape[-1] - 1))
-        below, at = (torch.where(where, mass, 0.0).sum(-1, keepdim=True) for where in (cost < border, cost == border))
-        share = 1.0 - ((1.0 - mu - below) / torch.where(at > 0, at, 1.0)).clamp(0.0, 1.0)
-        used = torch.where(cost > border, mass, torch.where(cost == border, share * mass, 0.0))
+    ordered, order = cost.sort(-1)
+    dropped = (mass.gather(-1, order).cumsum(-1) <= 1.0 - mu).sum(-1, keepdim=True)
+    border = ordered.gather(-1, dropped.clamp(max=cost.shape[-1] - 1))
+    below, at = (torch.where(where, mass, 0.0).sum(-1, keepdim=True) for where in (cost < border, cost == border))
+    return border, 1.0 - ((1.0 - mu - below) / torch.where(at > 0, at, 1.0)).clamp(0.0, 1.0)
+
+
+def _cvar(log_p: Tensor, log_q: Tensor, border: Tensor, share: Tensor, mu: float) -> Tensor:
+    cost, mass = _cost(log_p, log_q), log_q.exp()
+    used = torch.where(cost > border, mass, torch.where(cost == border, share * mass, 0.0))
     return (used * torch.where(used > 0, cost, 0.0)).sum(-1) / mu
 
 
@@ -190,13 +195,27 @@ def _check_shapes(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> None:
         )
 
 
-def _by_position(risk: Callable[[Tensor, Tensor], Tensor], logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
-    """`risk` of (N, V) log-probabilities at the counted positions, tile by tile, recomputed in the backward pass."""
+def _by_position(
+    risk: Callable[..., Tensor],
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor,
+    prepare: Callable[..., tuple[Tensor, ...]] = lambda log_p, log_q: (),
+) -> Tensor:
+    """`risk` of (N, V) log-probabilities at the counted positions, tile by tile, recomputed in the backward pass.
 
-    def tile(policy: Tensor, reference: Tensor) -> Tensor:
-        return risk(_log_softmax(policy), _log_softmax(reference))
+    `prepare` gives further arguments, constants that are kept instead of recomputed.
+    """
+
+    def tile(policy: Tensor, reference: Tensor, *constants: Tensor) -> Tensor:
+        return risk(_log_softmax(policy), _log_softmax(reference), *constants)
+
+    def tile_risk(policy: Tensor, reference: Tensor) -> Tensor:
+        with torch.no_grad():
+            constants = prepare(_log_softmax(policy), _log_softmax(reference))
+        return checkpoint(tile, policy, reference, *constants, use_reentrant=False)
 
     _check_shapes(logits, ref_logits, mask)
     size = max(1, TILE // max(logits.shape[-1], 1))
     tiles = zip(logits[mask].split(size), ref_logits[mask].detach().split(size), strict=True)
-    return _scatter(torch.cat([checkpoint(tile, *rows, use_reentrant=False) for rows in tiles]), mask)
+    return _scatter(torch.cat([tile_risk(*rows) for rows in tiles]), mask)

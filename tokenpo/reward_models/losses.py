@@ -127,7 +127,7 @@ def implicit_prm_loss(stats: TokenStats, outcomes: Tensor, *, beta: Positive = 0
 
 def _segment_terms(name: str, values: Tensor, segments: Tensor) -> Tensor:
     """(P, T) values at segment ends over how many the row has; sums to the row's score."""
-    expect_shape(name, values, tuple(segments.shape), "the head at each token of the segments")
+    expect_shape(name, values, segments.shape, "the head at each token of the segments")
     ends = segment_ends(segments)
     return masked.select(values, ends) / masked.count(ends, -1).unsqueeze(-1)
 

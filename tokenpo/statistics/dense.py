@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -54,23 +54,27 @@ def dense_token_stats(
         )
     names = check_outputs(outputs, ref_logits is not None)
     check_temperature(temperature)
-    names = {*names, "logps"} | ({"ref_logps"} if ref_logits is not None else set())
+    wanted = {*names, "logps"} | ({"ref_logps"} if ref_logits is not None else set())
     picked = tokens[mask].long()
     check_tokens(picked, logits.shape[-1])
 
     log_p = _log_softmax(logits[mask], temperature)
     log_q = None if ref_logits is None else _log_softmax(ref_logits[mask].detach(), temperature)
-    rows = dense_rows(log_p, log_q, picked, names)
+    rows = dense_rows(log_p, log_q, picked, wanted)
     return TokenStats(mask=mask, **{name: scatter_rows(value, mask) for name, value in rows.items()})
 
 
-def dense_rows(log_p: Tensor, log_q: Tensor | None, tokens: Tensor, outputs: set[str]) -> dict[str, Tensor]:
+def dense_rows(
+    log_p: Tensor, log_q: Tensor | None, tokens: Tensor, outputs: Collection[str]
+) -> dict[str, Tensor]:
     """The statistics (N,) of rows of log-probabilities (N, V); formulas in `dense_token_stats`."""
     rows = {}
     if "logps" in outputs:
         rows["logps"] = log_p.gather(1, tokens[:, None])[:, 0]
     if "entropy" in outputs:
         rows["entropy"] = -_expected(log_p.exp(), log_p)
+    if log_q is None:
+        return rows
     if "ref_kl" in outputs:
         rows["ref_kl"] = _expected(log_q.exp(), log_q - log_p)
     if "policy_kl" in outputs:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenpo.errors import InputError
 from tokenpo.statistics.dense import check_outputs, scatter_rows
-from tokenpo.statistics.head import LinearHead, output_module
+from tokenpo.statistics.head import LinearHead, output_module, product_dtype
 from tokenpo.statistics.linear import linear_token_stats
 from tokenpo.types import TokenStats
 
@@ -89,10 +89,7 @@ def hidden_before_head(model: nn.Module, batch: Batch) -> Tensor:
     caught: list[Tensor] = []
 
     def catch(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-            hidden = hidden.to(torch.get_autocast_dtype(device))
-        caught.append(hidden)
+        caught.append(_as_a_product_sees(hidden))
         # DDP looks for unused parameters from the outputs: the head's, used later, must be found there
         anchors = (p[(0,) * p.dim()] for p in module.parameters() if p.requires_grad and p.numel())
         return hidden[..., :1] + sum(anchors, start=hidden.new_zeros(()))
@@ -117,32 +114,45 @@ def head_matches_model(model: nn.Module, batch: Batch, *, rtol: float = 2e-2) ->
     One forward without gradients over the first 32 tokens of the shortest row, head included: a cheap guard,
     for the start of a run, against changes a model makes to its logits that the head does not know.
 
-    Raises InputError if the difference exceeds `rtol` times the largest logit, or shapes differ.
+    Raises InputError if shapes differ, or if the difference exceeds `rtol` times the largest logit; in half
+    precision at least 4 units of rounding are allowed, as the model may round where tokenpo does not.
     """
     lengths = batch["attention_mask"].sum(1)
     row = int(lengths.argmin())
     stop = min(int(lengths[row]), 32)
     short = {name: batch[name][row : row + 1, :stop] for name in ("input_ids", "attention_mask")}
     caught: list[Tensor] = []
-    handle = output_module(model).register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    module = output_module(model)
+    handle = module.register_forward_pre_hook(lambda _, inputs: caught.append(_as_a_product_sees(inputs[0])))
     try:
         with torch.no_grad():
             theirs = model(**short, use_cache=False).logits
-            ours = LinearHead.of(model).logits(caught[0])
     finally:
         handle.remove()
+    head = LinearHead.of(model)
+    with torch.no_grad():
+        ours = head.logits(caught[0])
     if theirs.shape != ours.shape:
         raise InputError(
             f"{type(model).__name__} returns logits {tuple(theirs.shape)} but its head gives "
             f"{tuple(ours.shape)}: it drops or adds columns in a way tokenpo does not know"
         )
     difference = float((theirs - ours).abs().max())
-    if not difference <= rtol * float(theirs.abs().max()):
+    rounding = 4 * torch.finfo(product_dtype(caught[0], head.weight)).eps
+    if not difference <= max(rtol, rounding) * float(theirs.abs().max()):
         raise InputError(
             f"the logits of {type(model).__name__} differ by {difference:.3g} from its head's: it changes "
             "them after the head in a way tokenpo does not know, so its log-probs would be wrong"
         )
     return difference
+
+
+def _as_a_product_sees(hidden: Tensor) -> Tensor:
+    """Inside an autocast region: `hidden` cast as a matrix product would cast it."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return hidden.to(torch.get_autocast_dtype(device))
+    return hidden
 
 
 class _Places(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,11 +63,10 @@ class LinearHead:
         """
         module = output_module(model)
         for owner in (model, module):  # FSDP2 may have sharded the head again after the forward
-            if hasattr(owner, "unshard"):
-                owner.unshard()
+            getattr(owner, "unshard", lambda: None)()
         module = _active_copy(module)
-        weight, bias = _plain(module, "weight"), getattr(module, "bias", None)
-        bias = None if bias is None else _plain(module, "bias")
+        weight = _plain(module, "weight")
+        bias = None if getattr(module, "bias", None) is None else _plain(module, "bias")
         config = _text_config(model)
         rows = getattr(config, "unpadded_vocab_size", None)  # Inkling drops the padding rows of its head
         if rows is not None:
@@ -98,7 +97,7 @@ def output_module(model: nn.Module) -> nn.Module:
 
     Raises InputError if there is none, or if its logits are edited in a way `LinearHead` cannot express.
     """
-    name, inner = type(model).__name__, model
+    name, inner = type(model).__name__, cast(Any, model)
     while not hasattr(inner, "get_output_embeddings") and hasattr(inner, "module"):
         inner = inner.module
     get = getattr(inner, "get_output_embeddings", None)
@@ -118,7 +117,7 @@ def output_module(model: nn.Module) -> nn.Module:
     return module
 
 
-def _active_copy(module: nn.Module) -> nn.Module:
+def _active_copy(module: Any) -> nn.Module:
     """The module whose weights a forward of `module` would use, by the rule of PEFT's own wrapper."""
     if hasattr(module, "token_adapter"):
         raise InputError("the output head has trainable token indices: train it whole by modules_to_save")
@@ -136,12 +135,12 @@ def _active_copy(module: nn.Module) -> nn.Module:
 
 def _plain(module: nn.Module, name: str) -> Tensor:
     """`module.weight` or `module.bias` as an ordinary, whole, floating-point tensor."""
-    value = getattr(module, name, None)
+    value: Any = getattr(module, name, None)
     what = f"the output head's {name} ({type(module).__name__})"
     sharded = hasattr(value, "full_tensor") or hasattr(value, "ds_id")  # DTensor, DeepSpeed ZeRO-3
     if sharded or (isinstance(value, Tensor) and value.numel() == 0):
         raise InputError(
-            f"{what} is sharded: use DDP, FSDP2 with the head in its own or the root's group, or ZeRO stage 1 or 2"
+            f"{what} is sharded: use DDP, ZeRO stage 1 or 2, or FSDP2 with the head in the root's group"
         )
     if isinstance(value, Tensor) and value.device.type == "meta":
         raise InputError(f"{what} is offloaded: place the head on a device")
@@ -151,16 +150,16 @@ def _plain(module: nn.Module, name: str) -> Tensor:
     return value
 
 
-def _text_config(model: nn.Module) -> Any:
+def _text_config(model: Any) -> Any:
     while not hasattr(model, "config") and hasattr(model, "module"):
         model = model.module
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _post_processing(config: Any) -> tuple[float, float | None]:
     """(scale, softcap) that a configuration asks for after the head."""
-    kind = getattr(config, "model_type", None)
+    kind = getattr(config, "model_type", "")
     scale = 1.0
     for name in MULTIPLIERS + DIVISORS:
         value = getattr(config, name, None)

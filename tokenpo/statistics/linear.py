@@ -72,16 +72,20 @@ def linear_token_stats(
     check_temperature(temperature)
     _check_operands(hidden, head, tokens, "")
     check_tokens(tokens, head.weight.shape[0])
-    if ref_head is not None:
+    reference = None
+    if ref_hidden is not None and ref_head is not None:
         _check_operands(ref_hidden, ref_head, tokens, "ref_")
         _check_vocabularies(head, ref_head)
-    reference = (ref_hidden, ref_head) if any(name in REFERENCE_OUTPUTS for name in names) else None
+        if any(name in REFERENCE_OUTPUTS for name in names):
+            reference = (ref_hidden, ref_head)
     if tile_bytes is None:
         tile_bytes = TILE_BYTES_CPU if hidden.device.type == "cpu" else TILE_BYTES
     plan = Plan.of(names, (hidden, head), reference, temperature, tile_bytes)
-    constants = (None,) * 3 if reference is None else (ref_hidden, ref_head.weight, ref_head.bias)
-    constants = (None if tensor is None else tensor.detach() for tensor in constants)
-    values = _LinearTokenStats.apply(plan, tokens.long(), hidden, head.weight, head.bias, *constants)
+    tensors = [hidden, head.weight, head.bias, None, None, None]
+    if reference is not None:
+        constants = (reference[0], reference[1].weight, reference[1].bias)
+        tensors[3:] = [None if constant is None else constant.detach() for constant in constants]
+    values = _LinearTokenStats.apply(plan, tokens.long(), *tensors)
     return dict(zip(names, values, strict=True))
 
 
@@ -90,8 +94,8 @@ def _check_operands(hidden: Tensor, head: LinearHead, tokens: Tensor, prefix: st
         raise InputError(f"tokens must be (N,) integers, got shape {tuple(tokens.shape)} of {tokens.dtype}")
     if hidden.shape != (tokens.shape[0], head.weight.shape[1]) or not hidden.is_floating_point():
         raise InputError(
-            f"{prefix}hidden must be ({tokens.shape[0]}, {head.weight.shape[1]}) floats, a row per "
-            f"token and a column per column of {prefix}head.weight, got {tuple(hidden.shape)} of {hidden.dtype}"
+            f"{prefix}hidden must be ({tokens.shape[0]}, {head.weight.shape[1]}) floats, by tokens and "
+            f"{prefix}head.weight, got {tuple(hidden.shape)} of {hidden.dtype}"
         )
 
 
@@ -102,6 +106,10 @@ def _check_vocabularies(head: LinearHead, ref_head: LinearHead) -> None:
             f"the policy's head has {own} rows and the reference's {other}: both must score one vocabulary, "
             "so use a reference with the same tokenizer and the same padding of its embeddings"
         )
+
+
+# row constants that the backward pass needs
+_KEPT = ("peak_p", "log_p", "peak_q", "log_q", "entropy", "policy_kl")
 
 
 class _LinearTokenStats(torch.autograd.Function):
@@ -120,9 +128,8 @@ class _LinearTokenStats(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tokens, *saved = ctx.saved_tensors
-        tensors, kept = tuple(saved[:6]), dict(zip(_KEPT, saved[6:], strict=True))
-        upstream = dict(zip(ctx.plan.outputs, grads, strict=True))
-        upstream = {name: grad for name, grad in upstream.items() if grad is not None}
+        tensors, kept = saved[:6], _present(_KEPT, saved[6:])
+        upstream = _present(ctx.plan.outputs, grads)
         needs_reference = "ref_kl" in upstream or "policy_kl" in upstream
         plan = ctx.plan if needs_reference else ctx.plan._replace(reference=None)
         with torch.autocast(tokens.device.type, enabled=False):
@@ -131,7 +138,8 @@ class _LinearTokenStats(torch.autograd.Function):
             return None, None, *_propagate(gradient, ctx.needs_input_grad[2:5]), None, None, None
 
 
-_KEPT = ("peak_p", "log_p", "peak_q", "log_q", "entropy", "policy_kl")
+def _present(names: Sequence[str], values: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    return {name: value for name, value in zip(names, values, strict=True) if value is not None}
 
 
 def _scan(sweep: Sweep, tokens: Tensor) -> dict[str, Tensor]:
@@ -209,22 +217,23 @@ class _RowWeights(NamedTuple):
     onehot: Tensor | None
 
 
-def _row_weights(grads: Mapping[str, Tensor], kept: Mapping[str, Tensor | None], gain: float) -> _RowWeights:
+def _row_weights(grads: Mapping[str, Tensor], kept: Mapping[str, Tensor], gain: float) -> _RowWeights:
     """Collect the upstream gradients by the part of a tile they multiply.
 
     The formula of `linear_token_stats` with log p = x - log_p and log q = y - log_q;
     `gain` = scale / temperature.
     """
-    log_p, log_q = kept["log_p"], kept["log_q"]
+    log_p = kept["log_p"]
     unit, const = gain * torch.exp(-log_p), torch.zeros_like(log_p)
-    own = cross = other = onehot = None
+    own: Tensor | None = None
+    cross = other = onehot = None
     if "logps" in grads:
         const, onehot = const - grads["logps"], gain * grads["logps"]
     if "ref_kl" in grads:
-        const, other = const + grads["ref_kl"], grads["ref_kl"] * gain * torch.exp(-log_q)
+        const, other = const + grads["ref_kl"], grads["ref_kl"] * gain * torch.exp(-kept["log_q"])
     if "policy_kl" in grads:
         own = cross = grads["policy_kl"]
-        const = const + grads["policy_kl"] * (log_q - log_p - kept["policy_kl"])
+        const = const + grads["policy_kl"] * (kept["log_q"] - log_p - kept["policy_kl"])
     if "entropy" in grads:
         own = -grads["entropy"] if own is None else own - grads["entropy"]
         const = const + grads["entropy"] * (log_p - kept["entropy"])
@@ -238,7 +247,7 @@ class _TileGradient(NamedTuple):
     sweep: Sweep
     tokens: Tensor
     weights: _RowWeights
-    kept: Mapping[str, Tensor | None]
+    kept: Mapping[str, Tensor]
 
     def tile(self, start: int, stop: int) -> Tensor:
         """The gradient with respect to columns start..stop of h W^T + b, (N, stop - start), in a buffer."""
@@ -274,7 +283,7 @@ def _propagate(gradient: _TileGradient, wanted: Sequence[bool]) -> tuple[Tensor 
     hidden, weight, bias, numbers = sweep.policy
     d_hidden = torch.zeros_like(hidden, dtype=sweep.plan.dtype) if wanted[0] else None
     d_weight = torch.empty_like(weight) if wanted[1] else None
-    d_bias = torch.empty_like(bias) if wanted[2] else None
+    d_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
     for start, stop in sweep.tiles():
         dz = gradient.tile(start, stop)
         if d_bias is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class Sweep:
     `tensors`: hidden, weight, bias of the policy, then of the reference.
     """
 
-    def __init__(self, plan: Plan, tensors: tuple[Tensor | None, ...]) -> None:
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor | None]) -> None:
         self.plan = plan
         self.policy = _side(tensors[:3], plan.policy)
         self.reference = None if plan.reference is None else _side(tensors[3:], plan.reference)
@@ -115,6 +115,6 @@ class Sweep:
         return out
 
 
-def _side(tensors: tuple[Tensor | None, ...], numbers: Numbers) -> Side:
+def _side(tensors: Sequence[Any], numbers: Numbers) -> Side:
     hidden, weight, bias = tensors
     return Side(hidden.to(numbers.dtype).contiguous(), weight, bias, numbers)
