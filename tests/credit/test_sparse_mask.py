@@ -220,6 +220,8 @@ def test_mapo_is_what_it_declares(name):
     low = {k: [a.bfloat16().requires_grad_() for a in tensors] for k, tensors in given.items()}
     low_weights = method.function(low, MASK)
     assert low_weights.dtype == torch.float32 and not low_weights.requires_grad
+    wide = method.function({k: [a.double() for a in tensors] for k, tensors in low.items()}, MASK)
+    torch.testing.assert_close(low_weights.double(), wide, rtol=1e-5, atol=1e-6)
 
 
 def test_mapo_names_what_is_wrong():

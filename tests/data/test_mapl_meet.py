@@ -180,6 +180,8 @@ def test_control_tokens_are_single_tokens_and_alone_learn_in_phase_1(model, toke
     encoded = tokenizer(controlled_prompt("ab", "bad", 2)).input_ids
     assert encoded == [*ids["bad"], *tokenizer("ab").input_ids]
 
+    assert "bad" not in tokenizer.decode(encoded, skip_special_tokens=True)
+
     model.resize_token_embeddings(len(tokenizer))
     tuned = get_peft_model(model, TrainableTokensConfig(token_indices=[*ids["good"], *ids["bad"]]))
     tuned(input_ids=torch.tensor([encoded]), labels=torch.tensor([[-100, -100, *encoded[2:]]])).loss.backward()

@@ -42,8 +42,8 @@ def assert_same(out, expected, sides, names):
 
 
 def test_one_token_by_hand():
-    """d = 1 and -1, K = 0.5 both, u = 2 and 1, v = 0 and 3: z = 0.5 (2*1 + 0 - (1*(-1) + 3*0.5)) = 0.75;
-    the penalty is 0.1 (2 + 1) + 0.01 (0 + 3) = 0.33; rewards 0.5 (2 - 0) = 1 and 0.5 (-1 - 1.5) = -1.25."""
+    """d = 1 and -1, K = 0.5 both, u = 2 and 0, v = 4 and 3: z = 0.5 (2*1 + 4*0.5 - (0 + 3*0.5)) = 1.25;
+    the penalty is 0.1 (2 + 0) + 0.01 (4 + 3) = 0.27; rewards 0.5 (2 - 2) = 0 and 0.5 (0 - 1.5) = -0.75."""
 
     def one(logp, u, v):
         column = lambda x: torch.tensor([[x]], dtype=torch.float64)
@@ -52,12 +52,12 @@ def test_one_token_by_hand():
             token_weights=column(u), kl_weights=column(v),
         )  # fmt: skip
 
-    out = sparsepo_loss(one(-1.0, 2.0, 0.0), one(-3.0, 1.0, 3.0), beta=0.5, l1_weights=0.1, l1_kl=0.01)
-    assert out.loss.item() == pytest.approx(math.log1p(math.exp(-0.75)) + 0.33, rel=1e-14)
-    assert out.metrics["rewards/chosen"].item() == pytest.approx(1.0)
-    assert out.metrics["rewards/rejected"].item() == pytest.approx(-1.25)
-    assert [out.metrics[f"token/zero_kl_weights_{side}"].item() for side in ("chosen", "rejected")] == [1.0, 0.0]
-    assert [out.metrics[f"token/zero_weights_{side}"].item() for side in ("chosen", "rejected")] == [0.0, 0.0]
+    out = sparsepo_loss(one(-1.0, 2.0, 4.0), one(-3.0, 0.0, 3.0), beta=0.5, l1_weights=0.1, l1_kl=0.01)
+    assert out.loss.item() == pytest.approx(math.log1p(math.exp(-1.25)) + 0.27, rel=1e-14)
+    assert out.metrics["rewards/chosen"].item() == 0.0
+    assert out.metrics["rewards/rejected"].item() == pytest.approx(-0.75)
+    assert [out.metrics[f"token/zero_kl_weights_{side}"].item() for side in ("chosen", "rejected")] == [0.0, 0.0]
+    assert [out.metrics[f"token/zero_weights_{side}"].item() for side in ("chosen", "rejected")] == [0.0, 1.0]
 
 
 def test_ones_are_tdpo1_to_the_last_bit():

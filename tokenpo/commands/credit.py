@@ -42,9 +42,10 @@ def token_rewards(config: TrainConfig, run: Path, rows: tuple[Any, Any], loss: m
     guide = str(options.get("model") or train_guide(config, run))
     logps = score(guide, config, rows)
     ref_logps = score(config.model, config, rows)
-    return tuple(  # type: ignore[return-value]
+    first, second = (
         _with_columns(split, ours, refs, beta) for split, ours, refs in zip(rows, logps, ref_logps, strict=True)
     )
+    return first, second
 
 
 def train_guide(config: TrainConfig, run: Path) -> Path:

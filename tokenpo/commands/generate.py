@@ -62,7 +62,9 @@ def generate(config: GenerateConfig) -> None:
         for p, r in zip(asked, ids, strict=True)
     ]
     if config.output:
-        Path(config.output).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+        Path(config.output).write_text(
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
+        )
         return
     for row in rows:
         print(f"> {row['prompt'].strip()}\n{row['response'].strip()}\n")

@@ -62,9 +62,10 @@ def score(config: ScoreConfig) -> Path:
     )
     model = load_model(config.model, config.dtype).eval()
     prepare_threads(model)
-    outputs, reference = ("logps", "entropy"), None
+    outputs = ["logps", "entropy"]
+    reference = None
     if config.reference is not None:
-        outputs = ("logps", "entropy", "ref_kl")
+        outputs.append("ref_kl")
         other = load_model(config.reference, config.dtype).eval()
         head = LinearHead.of(other)
 
@@ -72,7 +73,10 @@ def score(config: ScoreConfig) -> Path:
             return hidden_before_head(other, batch), head
 
     draft, start = _open_draft(path, config)
-    with open(draft, "a", encoding="utf-8") as file, tqdm(total=len(rows), initial=start, desc="scoring", unit="pair") as progress:
+    with (
+        open(draft, "a", encoding="utf-8") as file,
+        tqdm(total=len(rows), initial=start, desc="scoring", unit="pair") as progress,
+    ):
         batches = score_pairs(
             model, rows, outputs=outputs, reference=reference, batch_size=config.batch_size, start=start
         )

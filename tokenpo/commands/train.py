@@ -157,12 +157,13 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any, list[dict[
         from tokenpo.data.reviews import embedded_pairs
 
         pairs, rows = load(embedded_pairs("train"), "train")
-        test = load(embedded_pairs("test") if config.test is None else config.test, "test")
+        held_out_source: Any = embedded_pairs("test") if config.test is None else config.test
     else:
         pairs, rows = load(config.train, "train")
-        test = None if config.test is None else load(config.test, "test")
-    if test is not None:
-        return rows, test[1], list(test[0])
+        held_out_source = config.test
+    if held_out_source is not None:
+        test_pairs, test_rows = load(held_out_source, "test")
+        return rows, test_rows, list(test_pairs)
     if len(rows) < 2:
         raise InputError(f"{config.train} has {len(rows)} pair: at least 2 are needed to hold one out")
     held_out = max(1, min(500, len(rows) // 20))
@@ -172,10 +173,9 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any, list[dict[
 
 def load_policy(config: TrainConfig) -> Any:
     """The model that trains; with `lora`, a fresh adapter on it."""
-    full = config.lora is None
-    model = load_model(config.model, "float32" if full and config.dtype == "auto" else config.dtype)
-    if full:
-        return model
+    if config.lora is None:
+        return load_model(config.model, "float32" if config.dtype == "auto" else config.dtype)
+    model = load_model(config.model, config.dtype)
     from peft import LoraConfig, get_peft_model
 
     options = {"r": config.lora, "lora_alpha": 2 * config.lora, "target_modules": "all-linear", **config.lora_options}

@@ -83,8 +83,8 @@ def first_critical_token(correct: Tensor, mask: Tensor, *, rollouts: int = 64, t
     _check_counts(correct, mask, rollouts)
     dead = mask & (correct == 0)
     alive = mask & (correct.double() / rollouts >= threshold)
-    alive_later = alive.flip(-1).cumsum(-1).flip(-1) - alive.long() > 0
-    return _first(dead & ~alive_later)
+    alive_from_here = alive.flip(-1).cumsum(-1).flip(-1) > 0
+    return _first(dead & ~alive_from_here)
 
 
 def released_critical_token(correct: Tensor, mask: Tensor, *, rollouts: int = 64, reset_count: int = 3) -> Tensor:
@@ -113,7 +113,7 @@ def pass_at_k(correct: Tensor, *, n: int, k: int) -> Tensor:
         raise InputError(f"correct must lie in 0..{n}, the samples drawn a question")
     drawn = torch.arange(k, dtype=torch.float64, device=correct.device)
     wrong = (n - correct.double()).unsqueeze(-1)
-    return 1.0 - ((wrong - drawn).clamp(min=0.0) / (n - drawn)).prod(-1)
+    return 1.0 - ((wrong - drawn) / (n - drawn)).prod(-1)
 
 
 def _first(where: Tensor) -> Tensor:

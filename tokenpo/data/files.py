@@ -6,6 +6,7 @@ Nothing is downloaded. What a row must look like is said in `formats`.
 from __future__ import annotations
 
 import bisect
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,16 +89,16 @@ def _misfit(values: Mapping[str, list[Any]], places: Sequence[str], reason: Exce
     """Names the first row that does not fit the rows before it. If a prefix fails, every longer one does."""
     from datasets import Dataset
 
-    def fails(name: str, end: int) -> bool:
+    def prefix_fails(name: str, last: int) -> bool:
         try:
-            Dataset.from_dict({name: values[name][:end]})
+            Dataset.from_dict({name: values[name][: last + 1]})
         except Exception:
             return True
         return False
 
     for name in values:
-        if fails(name, len(places)):
-            row = bisect.bisect_left(range(len(places)), True, key=lambda i, n=name: fails(n, i + 1))
+        if prefix_fails(name, len(places) - 1):
+            row = bisect.bisect_left(range(len(places)), True, key=functools.partial(prefix_fails, name))
             why = _first_line(reason)
             return InputError(f"{places[row]}, column '{name}': does not fit the rows before it: {why}")
     return InputError(f"the rows do not form a table: {_first_line(reason)}")
@@ -208,7 +209,9 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
 
 def _read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """Rows and their 1-based lines; blank lines are skipped. Only a line feed ends a line."""
-    rows, lines, offset = [], [], 0
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    offset = 0
     with path.open("rb") as handle:
         for number, raw in enumerate(handle, start=1):
             text = _decode(raw, path, number, offset).lstrip("\ufeff")

@@ -56,12 +56,12 @@ def load_preferences(
     unless every row does; one warning counts either. Errors: `InputError`, one sentence with file, row
     (0-based, within its file), for JSON lines the 1-based line, and column.
     """
-    names = _wanted_names(columns)
-    parts = _read(source, split, [name for name in names.values() if name])
+    wanted = _wanted_names(columns)
+    parts = _read(source, split, [name for name in wanted.values() if name])
     if not any(len(part.rows) for part in parts):
         raise InputError(f"{parts[0].file or 'the dataset'} holds no rows")
     found = columns_of(parts)
-    names = _present_names(names, found, parts[0].file, columns or {})
+    names = _present_names(wanted, found, parts[0].file, columns or {})
     _check_rows(parts, names)
     dataset = to_dataset(parts, found)
 

@@ -51,7 +51,8 @@ def conversation_texts(row: Mapping[str, Any], tokenizer: Any, place: str) -> tu
 
     wholes = []
     for side in SIDES:
-        *before, last = [*row["prompt"], *row[side]]
+        messages = [*row["prompt"], *row[side]]
+        before, last = messages[:-1], messages[-1]
         probed = render([*before, {**last, "content": _PROBE}])
         wholes.append(_locate(render([*before, last]), last["content"], probed))
     return render(row["prompt"], opened=True), wholes

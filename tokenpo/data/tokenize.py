@@ -57,7 +57,7 @@ def tokenize_preferences(
         features |= dict.fromkeys(columns, datasets.Sequence(datasets.Value("float32")))
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     tokens = dataset.map(
-        partial(_numbered_pair, tokenizer=tokenizer, file=file, **limits),
+        partial(_numbered_pair, options={"tokenizer": tokenizer, "file": file, **limits}),
         with_indices=True,
         remove_columns=[column for column in COLUMNS if column in dataset.column_names],
         features=datasets.Features(features | {"boundary_shift": datasets.Value("int32")}),
@@ -236,7 +236,7 @@ def _aligned(row: Mapping[str, Any], column: str, side: _Side, fill: float, plac
     return values
 
 
-def _numbered_pair(row: Mapping[str, Any], index: int, **options: Any) -> dict[str, Any]:
+def _numbered_pair(row: Mapping[str, Any], index: int, options: Mapping[str, Any]) -> dict[str, Any]:
     return tokenize_pair(row, row_index=index, **options)
 
 

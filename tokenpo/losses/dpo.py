@@ -87,7 +87,8 @@ def ld_dpo_loss(chosen: TokenStats, rejected: TokenStats, *, beta: Positive = 0.
 
     def term(side: TokenStats) -> Tensor:
         within = side.mask.cumsum(-1) <= shared
-        return beta * torch.where(within, 1.0, alpha).to(masked.widen(side.logps).dtype) * log_ratio(side)
+        ratio = log_ratio(side)
+        return beta * torch.where(within, ratio, alpha * ratio)
 
     return pairwise_loss(chosen, rejected, (term(chosen), term(rejected)))
 

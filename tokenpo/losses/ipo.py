@@ -13,7 +13,9 @@ TITLE = "A General Theoretical Paradigm to Understand Learning from Human Prefer
 PAPER = "https://arxiv.org/abs/2310.12036"
 
 
-def _squared_distance(chosen: TokenStats, rejected: TokenStats, terms: tuple[Tensor, Tensor], beta: float):
+def _squared_distance(
+    chosen: TokenStats, rejected: TokenStats, terms: tuple[Tensor, Tensor], beta: float
+) -> LossOutput:
     rewards = (beta * terms[0].detach(), beta * terms[1].detach())
     return pairwise_loss(chosen, rejected, terms, link=lambda z: (z - 1.0 / (2.0 * beta)).square(), rewards=rewards)
 

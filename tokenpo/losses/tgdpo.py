@@ -42,5 +42,6 @@ def tgdpo_loss(
 
     ws = (weights(chosen, 1.0), weights(rejected, -1.0))
     terms = (beta * ws[0] * log_ratio(chosen), beta * ws[1] * log_ratio(rejected))
-    negative = 0.5 * sum(masked.mean((w < 0).float(), s.mask, -1) for w, s in zip(ws, (chosen, rejected), strict=True))
+    shares = [masked.mean((w < 0).float(), s.mask, -1) for w, s in zip(ws, (chosen, rejected), strict=True)]
+    negative = 0.5 * (shares[0] + shares[1])
     return pairwise_loss(chosen, rejected, terms, metrics={"token/negative_weights": negative})

@@ -70,7 +70,8 @@ def make_reference(
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel and its like."""
-    return model.module if isinstance(getattr(model, "module", None), nn.Module) else model
+    inner = getattr(model, "module", None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -130,7 +131,7 @@ def _adapter_reference(mode: str, model: nn.Module) -> Reference:
         raise InputError(f"the policy has no adapter '{name}': it has {', '.join(map(repr, adapters))}")
 
     def score(policy: nn.Module, batch: Mapping[str, Tensor]) -> Scored:
-        peft = unwrap(policy)
+        peft: Any = unwrap(policy)
         context = peft.disable_adapter() if mode == "adapter-off" else _only(peft, name)
         with context:
             return hidden_before_head(policy, batch), LinearHead.of(policy)

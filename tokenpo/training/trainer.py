@@ -38,6 +38,7 @@ class ExactLossMixin:
     """Counts over the accumulation window and over processes, for a Trainer whose `compute_loss` divides by them."""
 
     loss_is_scaled_for_ga = True
+    accelerator: Any
 
     def count_units(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """How many of each unit of LossOutput.sums a batch holds."""
