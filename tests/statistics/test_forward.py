@@ -206,6 +206,7 @@ def test_lora_with_its_base_as_reference():
     model = peft.get_peft_model(make_model(), peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
 
     def adapter_off(batch):
+        assert not torch.is_grad_enabled()
         with model.disable_adapter():
             return hidden_before_head(model, batch), LinearHead.of(model)
 

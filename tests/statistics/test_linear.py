@@ -178,6 +178,23 @@ def test_tile_width_changes_nothing(width):
     assert not ours["ref_logps"].requires_grad
 
 
+def test_wide_tiles_are_multiples_of_64_unless_one_is_enough():
+    hidden, head = torch.zeros(N, D), LinearHead(torch.zeros(300, D))
+    widths = [
+        Plan.of(("logps",), (hidden, head), None, 1.0, N * 8 * budget).width for budget in (100, 299, 300)
+    ]
+    assert widths == [64, 256, 300]
+
+
+def test_full_precision_backward_inside_autocast():
+    hidden, head, tokens, ref = make(dtype=torch.float32)
+    values = linear_token_stats(hidden, head, tokens, outputs=OUTPUTS, **ref)
+    plain = gradients(values, hidden, head)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = gradients(values, hidden, head)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
 def test_gradcheck():
     hidden, head, tokens, ref = make(softcap=2.0, n=3, d=2, v=5)
 
@@ -230,7 +247,8 @@ def test_autocast_is_the_same_as_casting_the_operands():
     low = hidden.detach().bfloat16().requires_grad_()
     theirs = linear_token_stats(low, small, tokens, outputs=["logps"])["logps"]
     assert torch.equal(ours, theirs) and ours.dtype == torch.float32
-    mine = torch.autograd.grad(ours.sum(), (hidden, head.weight))
+    with torch.autocast("cpu", torch.bfloat16):  # discouraged but common; must not matter
+        mine = torch.autograd.grad(ours.sum(), (hidden, head.weight))
     assert [g.dtype for g in mine] == [torch.float32, torch.float32]
     for a, b in zip(mine, torch.autograd.grad(theirs.sum(), (low, small.weight)), strict=True):
         assert torch.equal(a.bfloat16(), b)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenpo import masked
@@ -83,8 +84,8 @@ def edit_operations(
 
     Levenshtein alignment of the counted ids, each operation costing 1. Equal ids at the corner are always matched;
     ties go to delete, then add, then substitute, read from the end: the tie order decides which of two repeated
-    tokens is marked. All pairs at once, one anti-diagonal after the other: T_original + T_edited steps and a byte
-    per pair and cell.
+    tokens is marked. All pairs at once, one anti-diagonal after the other: T_original + T_edited steps, and two
+    bytes a pair and pair of tokens.
     """
     if len(original_tokens) != len(edited_tokens):
         raise InputError(f"{len(original_tokens)} originals but {len(edited_tokens)} edited rows: row p is pair p")
@@ -95,7 +96,7 @@ def edit_operations(
     pairs = torch.arange(len(a), device=a.device)
     i, j = n.clone(), m.clone()
     while bool((i + j).any()):
-        move = torch.where(i + j > 0, moves[pairs, i, j].long(), NOT_COUNTED)
+        move = torch.where(i + j > 0, moves[i + j, pairs, i].long(), NOT_COUNTED)
         takes_a = (move >= 0) & (move != ADDED)
         takes_b = (move >= 0) & (move != DELETED)
         for taken, side, place in ((takes_a, operations[0], i), (takes_b, operations[1], j)):
@@ -130,34 +131,32 @@ def operations_of_words(word_operations: Tensor, word_of_token: Tensor, mask: Te
 
 
 def _alignment(a: Tensor, b: Tensor) -> Tensor:
-    """(P, N+1, M+1) int8: the last operation of the least edit of a[:i] into b[:j]; cells beyond a row are unused."""
-    pairs, n, m = len(a), a.shape[1], b.shape[1]
-    moves = torch.full((pairs, n + 1, m + 1), UNCHANGED, dtype=torch.int8, device=a.device)
-    far = n + m + 1
-    before, last = (torch.full((pairs, n + 1), far, device=a.device) for _ in range(2))
-    last[:, 0] = 0
+    """(N+M+1, P, N+1) int8: at [i + j, p, i] the last operation of the least edit of a[p, :i] into b[p, :j].
+
+    Costs of a diagonal are indexed by i + 1; cells that do not exist cost more than any edit.
+    """
+    (pairs, n), m = a.shape, b.shape[1]
+    moves = torch.full((n + m + 1, pairs, n + 1), UNCHANGED, dtype=torch.int8, device=a.device)
+    absent = torch.full((pairs, n + 2), 2 * (n + m + 1), dtype=torch.int32, device=a.device)
+    before, last = absent, absent.clone()
+    last[:, 1] = 0
+    a, mirrored = F.pad(a, (1, 0)), F.pad(b.flip(-1), (0, 1))
     for k in range(1, n + m + 1):
-        i = torch.arange(max(0, k - m), min(n, k) + 1, device=a.device)
-        j = k - i
-        inner = (i > 0) & (j > 0)
-        above = i.clamp(min=1) - 1
-        costs = torch.stack([last[:, above], last[:, i], before[:, above]]) + 1
-        costs[0, :, i == 0], costs[1, :, j == 0], costs[2, :, ~inner] = far, far, far
-        cost, choice = _first_least(costs)
-        equal = inner & (a[:, above] == b[:, j.clamp(min=1) - 1]) if inner.any() else inner.expand(pairs, -1)
-        current = torch.full_like(last, far)
-        current[:, i] = torch.where(equal, before[:, above], cost)
-        moves[:, i, j] = torch.where(equal, UNCHANGED, choice).to(torch.int8)
+        low, high = max(0, k - m), min(n, k)
+        cells, above = slice(low + 1, high + 2), slice(low, high + 1)
+        delete, add, substitute = last[:, above] + 1, last[:, cells] + 1, before[:, above] + 1
+        equal = a[:, above] == mirrored[:, m - k + low : m - k + high + 1]
+        if low == 0:
+            equal[:, 0] = False
+        if high == k:
+            equal[:, -1] = False
+        least = torch.minimum(delete, add)
+        choice = torch.where(substitute < least, SUBSTITUTED, torch.where(delete <= add, DELETED, ADDED))
+        current = absent.clone()
+        current[:, cells] = torch.where(equal, before[:, above], torch.minimum(least, substitute))
+        moves[k, :, above] = torch.where(equal, UNCHANGED, choice).to(torch.int8)
         before, last = last, current
     return moves
-
-
-def _first_least(costs: Tensor) -> tuple[Tensor, Tensor]:
-    """The least of (delete, add, substitute) and which it is, the first on ties."""
-    delete, add, substitute = costs
-    rather_add = torch.where(add <= substitute, ADDED, SUBSTITUTED)
-    choice = torch.where((delete <= add) & (delete <= substitute), DELETED, rather_add)
-    return costs.amin(0), choice
 
 
 def _packed(x: Tensor, mask: Tensor) -> Tensor:
@@ -172,4 +171,4 @@ def _unpacked(x: Tensor, mask: Tensor) -> Tensor:
 
 def _widened(x: Tensor, mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
     extra = (0, width - mask.shape[1])
-    return torch.nn.functional.pad(x, extra), torch.nn.functional.pad(mask, extra)
+    return F.pad(x, extra), F.pad(mask, extra)

@@ -60,7 +60,7 @@ def response_stats(
         with torch.no_grad():
             ref_hidden, ref_head = reference(batch)
             ref_rows = _take(ref_hidden, places, "the reference's")
-        # autocast keeps the casts of weights; ones made without gradients must not serve the model's forward
+        # older versions of torch would reuse casts made under no_grad and so cut the model's gradient
         torch.clear_autocast_cache()
     rows = _take(hidden_before_head(model, batch), places, "the model's")
     values = linear_token_stats(

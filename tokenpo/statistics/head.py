@@ -76,12 +76,10 @@ class LinearHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """Dense logits (..., V) of `hidden` (..., d), in float32 or wider: for small inputs and for tests."""
         dtype = product_dtype(hidden, self.weight)
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = hidden.to(dtype) @ self.weight.to(dtype).T
-            logits = logits.to(torch.promote_types(dtype, torch.float32))
-            logits = logits if self.bias is None else logits + self.bias
-            logits = logits * self.scale
-            return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        logits = hidden.to(dtype) @ self.weight.to(dtype).T
+        logits = logits.to(torch.promote_types(dtype, torch.float32))
+        logits = self.scale * (logits if self.bias is None else logits + self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

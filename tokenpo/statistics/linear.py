@@ -115,8 +115,7 @@ _KEPT = ("peak_p", "log_p", "peak_q", "log_q", "entropy", "policy_kl")
 class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, tokens: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        with torch.autocast(tokens.device.type, enabled=False):
-            rows = _scan(Sweep(plan, tensors), tokens)
+        rows = _scan(Sweep(plan, tensors), tokens)
         ctx.plan = plan
         ctx.save_for_backward(tokens, *tensors, *(rows.get(name) for name in _KEPT))
         ctx.set_materialize_grads(False)
@@ -132,10 +131,9 @@ class _LinearTokenStats(torch.autograd.Function):
         upstream = _present(ctx.plan.outputs, grads)
         needs_reference = "ref_kl" in upstream or "policy_kl" in upstream
         plan = ctx.plan if needs_reference else ctx.plan._replace(reference=None)
-        with torch.autocast(tokens.device.type, enabled=False):
-            gain = plan.policy.scale / plan.temperature
-            gradient = _TileGradient(Sweep(plan, tensors), tokens, _row_weights(upstream, kept, gain), kept)
-            return None, None, *_propagate(gradient, ctx.needs_input_grad[2:5]), None, None, None
+        weights = _row_weights(upstream, kept, gain=plan.policy.scale / plan.temperature)
+        gradient = _TileGradient(Sweep(plan, tensors), tokens, weights, kept)
+        return None, None, *_propagate(gradient, ctx.needs_input_grad[2:5]), None, None, None
 
 
 def _present(names: Sequence[str], values: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -194,8 +192,7 @@ def _pick(logits: Tensor, offsets: Tensor, taken: Tensor) -> Tensor:
 
 def _shift(logits: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
     """The risen peak and old minus new; `logits` loses the new peak in place."""
-    # the lower clamp keeps a tile of forbidden tokens from giving -inf - (-inf)
-    risen = torch.maximum(peak, logits.amax(1).clamp_(min=torch.finfo(peak.dtype).min))
+    risen = torch.maximum(peak, logits.amax(1))  # finite from the start, so never -inf - (-inf)
     logits.sub_(risen[:, None])
     return risen, peak - risen
 
