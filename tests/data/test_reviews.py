@@ -1,9 +1,12 @@
 """The embedded corpus and model: exact rewards and credit, the shipped files, an offline load."""
 
+import importlib.util
 import itertools
+import json
 import math
 import random
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,7 +75,7 @@ def test_reviews_are_short_and_end():
 
 
 def test_surprisal_is_the_probability_of_the_choices():
-    """Every choice at its first option: 2 of 13 sentences with known slots."""
+    """Always the first option: 2 of 13 sentences, each two of five aspects with 20 + 24 adjectives."""
 
     class First(random.Random):
         def random(self) -> float:
@@ -80,7 +83,7 @@ def test_surprisal_is_the_probability_of_the_choices():
 
     text, nats = reviews.draw_review(First(), "film")
     assert text == "The plot was thrilling and the cast brilliant. I found the plot thrilling, the cast brilliant."
-    choices = [3, 13, 5, 43, 4, 43, 12, 5, 43, 4, 43]
+    choices = [3, 13, 5, 44, 4, 44, 12, 5, 44, 4, 44]
     assert nats == pytest.approx(sum(map(math.log, choices)))
 
 
@@ -145,6 +148,18 @@ def test_tokenizer_is_lossless_on_any_text(tokenizer):
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
     assert len(tokenizer) <= 600
+
+
+def test_shipped_tokenizer_regenerates(tokenizer):
+    path = Path(__file__).parents[2] / "scripts" / "make_embedded.py"
+    spec = importlib.util.spec_from_file_location("make_embedded", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    again = script.make_tokenizer(reviews.embedded_pairs("train"))
+    assert json.loads(again.backend_tokenizer.to_str()) == json.loads(
+        (reviews.embedded_model_path() / "tokenizer.json").read_text(encoding="utf-8")
+    )
+    assert again.chat_template == tokenizer.chat_template
 
 
 def test_tokenizer_cuts_some_words_and_credit_falls_on_their_last_piece(tokenizer):

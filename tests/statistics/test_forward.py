@@ -171,6 +171,14 @@ def test_what_is_read_from_the_configurations():
     assert read("phi") == (1.0, None, True)
 
 
+def test_padding_rows_that_the_model_drops_are_dropped():
+    model = Table(torch.randn(V, V))
+    model.config = transformers.LlamaConfig(unpadded_vocab_size=V - 3)
+    assert torch.equal(LinearHead.of(model).weight, model.lm_head.weight[: V - 3])
+    with pytest.raises(InputError, match=r"returns logits \(1, 4, 61\) but its head gives \(1, 4, 58\)"):
+        head_matches_model(model, make_batch())
+
+
 def test_alignment_by_hand():
     """Row 0: prompt 1 2, response 0 1. P(0 | 2) and P(1 | 0); row 1: prompt 0, response 2: P(2 | 0)."""
     probabilities = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1], [0.25, 0.5, 0.25]])
@@ -380,6 +388,7 @@ def test_a_model_that_changes_its_logits_is_found_out():
     model.factor = 1.1
     with pytest.raises(InputError, match=r"logits of Table differ by .* changes them after the head"):
         head_matches_model(model, batch)
+    head_matches_model(make_model("granite").bfloat16(), batch, rtol=1e-9)  # rounding alone is no difference
     model.factor = torch.nan
     with pytest.raises(InputError, match="differ by nan"):
         head_matches_model(model, batch)

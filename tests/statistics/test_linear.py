@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenpo.errors import InputError, MissingInputError
 from tokenpo.statistics import LinearHead, dense_token_stats, linear_token_stats
+from tokenpo.statistics.head import product_dtype
 from tokenpo.statistics.tiles import Plan
 
 N, D, D_REF, V = 7, 5, 4, 23
@@ -22,6 +23,7 @@ SUBSETS = [subset for size in range(1, 5) for subset in combinations(OUTPUTS, si
 # (bias, scale, softcap, temperature)
 SETTINGS = [(False, 1.0, None, 1.0), (True, 1.0, None, 0.7), (False, 0.3, 2.0, 1.0), (True, 1.9, 3.0, 1.3)]
 ONE_TILE = 1 << 30
+BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def make(bias=True, scale=1.0, softcap=None, n=N, d=D, v=V, dtype=torch.float64, seed=0):
@@ -140,9 +142,10 @@ def test_dense_ignores_what_is_masked():
     for (logits, ref_logits), ids in ((clean, tokens), (spoilt, torch.where(mask, tokens, -100))):
         stats = dense_token_stats(logits, ids, mask, ref_logits=ref_logits, outputs=OUTPUTS)
         total = sum(getattr(stats, name).sum() for name in OUTPUTS)
-        results.append((stats.tensors(), torch.autograd.grad(total, logits)[0], ref_logits))
-        assert torch.autograd.grad(total.detach().requires_grad_(), ref_logits, allow_unused=True)[0] is None
-    (ours, grad, _), (theirs, spoilt_grad, _) = results
+        grad, ref_grad = torch.autograd.grad(total, (logits, ref_logits), allow_unused=True)
+        assert ref_grad is None and not stats.ref_logps.requires_grad
+        results.append((stats.tensors(), grad))
+    (ours, grad), (theirs, spoilt_grad) = results
     assert ours.keys() == {"mask", "ref_logps", *OUTPUTS}
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert torch.equal(grad, spoilt_grad) and not grad[~mask].any() and grad[mask].any()
@@ -215,15 +218,15 @@ def test_gradient_of_one_output_among_all(name):
     assert_same({name: ours[name]}, {name: theirs[name]}, hidden, head)
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
-def test_bfloat16_stays_within_the_documented_bound(weight_dtype):
+@pytest.mark.parametrize(("hidden_dtype", "weight_dtype"), [(BF16, BF16), (BF16, FP32), (FP32, BF16)])
+def test_bfloat16_stays_within_the_documented_bound(hidden_dtype, weight_dtype):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(128, 64, generator=generator).bfloat16()
     weight = (torch.randn(2048, 64, generator=generator) * 2 / 8).bfloat16()  # logits of standard deviation 2
     ref_hidden = (hidden + 0.3 * torch.randn(128, 64, generator=generator)).bfloat16()
     tokens = torch.randint(2048, (128,), generator=generator)
     results = []
-    for dtypes in ((torch.bfloat16, weight_dtype), (torch.float64, torch.float64)):
+    for dtypes in ((hidden_dtype, weight_dtype), (torch.float64, torch.float64)):
         h, w = (x.to(d).requires_grad_() for x, d in zip((hidden, weight), dtypes, strict=True))
         ref = {"ref_hidden": ref_hidden.to(dtypes[0]), "ref_head": LinearHead(w.detach())}
         values = linear_token_stats(h, LinearHead(w), tokens, outputs=OUTPUTS, tile_bytes=1 << 20, **ref)
@@ -231,12 +234,22 @@ def test_bfloat16_stays_within_the_documented_bound(weight_dtype):
         results.append((values, grads))
     (values, grads), (exact, exact_grads) = results
     assert all(value.dtype == torch.float32 for value in values.values())
-    assert {g.dtype for pair in grads.values() for g in pair} == {torch.bfloat16, weight_dtype}
+    assert all([g.dtype for g in pair] == [hidden_dtype, weight_dtype] for pair in grads.values())
     for name, bound in {"logps": 0.02, "entropy": 0.04, "ref_kl": 0.015, "policy_kl": 0.015}.items():
         assert (values[name] - exact[name]).abs().max() <= bound, name
     for name, bound in {"logps": 0.01, "entropy": 0.03, "ref_kl": 0.06, "policy_kl": 0.06}.items():
         for mine, other in zip(grads[name], exact_grads[name], strict=True):
             assert (mine - other).abs().max() <= bound * other.abs().max(), name
+
+
+def test_products_run_in_the_narrower_dtype():
+    wide, narrow = torch.zeros(1, 1), torch.zeros(1, 1, dtype=BF16)
+    assert product_dtype(wide, narrow) == product_dtype(narrow, wide) == product_dtype(narrow, narrow) == BF16
+    assert product_dtype(wide, wide) == FP32 and product_dtype(wide, wide.double()) == FP32
+    with torch.autocast("cpu", BF16):
+        assert (
+            product_dtype(wide, wide) == BF16 and product_dtype(wide.double(), wide.double()) == torch.float64
+        )
 
 
 def test_autocast_is_the_same_as_casting_the_operands():
@@ -280,6 +293,8 @@ def test_products_are_only_those_that_are_needed():
     assert products(head, ["logps"], "logps") == 1 + 1 + 2
     assert products(head, ["logps", "ref_kl"], "ref_kl") == 2 + 2 + 2
     assert products(head, ["logps", "ref_kl"], "logps") == 2 + 1 + 2  # no gradient needs the reference
+    hidden = hidden.detach()
+    assert products(head, ["logps"], "logps") == 1 + 1 + 1 and hidden.grad is None
 
 
 def test_nothing_of_the_size_of_the_logits_is_held():

@@ -196,7 +196,7 @@ def _mean_over_types(
                     "give (B, T, D), one vector a response token"
                 )
         if len(tensors):
-            types.append(sum(weigh(masked.widen(a), mask) for a in tensors) / len(tensors))
+            types.append(torch.stack([weigh(masked.widen(a), mask) for a in tensors]).mean(0))
     if not types:
         raise InputError(f"no activation in {dict(activations)}: capture at least one tensor of one type")
-    return sum(types) / len(types)
+    return torch.stack(types).mean(0)

@@ -6,6 +6,7 @@ instructions are verifiable, so which prompt is better is known without a judge.
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -115,10 +116,8 @@ def prompt_pairs(
             pair = _instruction_sets(_text(row[side], side), makers, max_instructions, rng)
             if pair is None:
                 continue
-            better, worse = (
-                _edit(row["prompt"], lambda text, rules=rules: separator.join([text, *(r.text for r in rules)]))
-                for rules in pair
-            )
+            added = [separator.join(["", *(rule.text for rule in rules)]) for rules in pair]
+            better, worse = (_edit(row["prompt"], functools.partial(_append, end)) for end in added)
             found.append({
                 "better_prompt": better, "worse_prompt": worse,
                 "response": row[side], "of_rejected": side == "rejected",
@@ -211,7 +210,7 @@ def contrastive_prompts(
             template.format(instruction="", response="")
         except (KeyError, IndexError, ValueError) as reason:
             raise InputError(f"{name} must have the fields {{instruction}} and {{response}} only: {reason}") from None
-        filled.append(_edit(prompt, lambda t, template=template: template.format(instruction=t, response=text)))
+        filled.append(_edit(prompt, functools.partial(_fill, template, text)))
     return filled[0], filled[1]
 
 
@@ -223,6 +222,14 @@ def _edit(prompt: Prompt, edit: Callable[[str], str]) -> Prompt:
     if last is None:
         raise InputError("the prompt has no user message: instructions are put into the last one")
     return [{**m, "content": edit(m["content"])} if i == last else dict(m) for i, m in enumerate(prompt)]
+
+
+def _append(end: str, text: str) -> str:
+    return text + end
+
+
+def _fill(template: str, response: str, instruction: str) -> str:
+    return template.format(instruction=instruction, response=response)
 
 
 def _text(response: Prompt, name: str) -> str:

@@ -91,6 +91,6 @@ def critical_dpo_per_position_loss(
 
 def _against(terms: tuple[Tensor, Tensor], masks: tuple[Tensor, Tensor], columns: int) -> tuple[Tensor, Tensor]:
     """(P, columns) chosen minus rejected terms, and where either side has a token."""
-    terms = tuple(F.pad(term, (0, columns - term.shape[1])) for term in terms)
-    masks = tuple(F.pad(mask, (0, columns - mask.shape[1])) for mask in masks)
-    return terms[0] - terms[1], masks[0] | masks[1]
+    chosen, rejected = (F.pad(term, (0, columns - term.shape[1])) for term in terms)
+    has_chosen, has_rejected = (F.pad(mask, (0, columns - mask.shape[1])) for mask in masks)
+    return chosen - rejected, has_chosen | has_rejected

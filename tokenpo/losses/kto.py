@@ -59,8 +59,8 @@ def kto_loss(
     rewards = ratio.sum(-1)
     sign = torch.where(desirable, 1.0, -1.0).to(ratio.dtype)
     z = sign * (rewards - beta * reference_point)
-    weights = (ratio.new_full((), weight) for weight in (desirable_weight, undesirable_weight))
-    per_row = torch.where(desirable, *weights) * torch.sigmoid(-z)
+    wanted, unwanted = (ratio.new_full((), weight) for weight in (desirable_weight, undesirable_weight))
+    per_row = torch.where(desirable, wanted, unwanted) * torch.sigmoid(-z)
     per_row_metrics = {
         "rewards/labelled": sign * rewards,
         "rewards/accuracies": (z > 0).float(),

@@ -107,7 +107,8 @@ def released_split_risk(logits: Tensor, ref_logits: Tensor, mask: Tensor, *, lev
     """
 
     def halves(log_p: Tensor, log_q: Tensor) -> Tensor:
-        return sum(_released(p, q, level) for p, q in zip(_halves(log_p), _halves(log_q), strict=True))
+        first, second = (_released(p, q, level) for p, q in zip(_halves(log_p), _halves(log_q), strict=True))
+        return first + second
 
     return _by_position(halves, logits, ref_logits, mask)
 
