@@ -62,6 +62,11 @@ def test_generator_attention_by_hand():
     torch.testing.assert_close(abc_d_last_weights(STEPS, POSITIONS, MASK, shift=1), rows([0.0, 0.4, 0.6]))
 
 
+def test_a_token_does_not_attend_to_itself_or_to_what_follows():
+    noisy = torch.where(STEPS > 0, STEPS, 0.9)
+    torch.testing.assert_close(abc_d_weights(noisy, POSITIONS, MASK), abc_d_weights(STEPS, POSITIONS, MASK))
+
+
 def test_a_step_that_does_not_attend_is_not_averaged_in():
     steps = STEPS.clone()
     steps[0, 0, 2, :3] = rows(0.7, 0.0, 0.3)

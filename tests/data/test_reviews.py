@@ -47,6 +47,12 @@ def test_token_credit_by_hand():
     assert reviews.token_credit(text, [(0, len(text))]) == [2 - 1.75]
 
 
+def test_sum_by_word_by_hand():
+    spans = [(0, 1), (1, 8), (8, 11), (11, 16), (16, 17), (17, 19), (19, 22), (-1, -1)]
+    found = reviews.sum_by_word("A wonderful plot, rude", spans, [1, 2, 4, 8, 16, 32, 64, 128])
+    assert found == [("A", 0.0, 1), ("wonderful", 2.0, 6), ("plot", 0.0, 8), ("rude", -1.75, 96)]
+
+
 def test_a_word_keeps_its_worth_in_every_place():
     for place, words in reviews.LEXICON.items():
         for word, worth in words.items():

@@ -84,6 +84,22 @@ def test_a_named_adapter_is_frozen_and_the_training_one_comes_back(batch, tmp_pa
     assert [n for n, p in model.named_parameters() if p.requires_grad] == trainable
 
 
+def test_a_policy_that_starts_from_a_trained_adapter_is_measured_against_that_adapter(batch):
+    model = move(lora(make_model()))
+    start = logps(model, batch)
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    reference = make_reference("auto", model)
+    assert reference.mode == "adapter:reference" and reference.equal_at_start
+    assert start_difference(model, reference, batch) < 1e-6
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == trainable
+    move(model, 0.2)
+    torch.testing.assert_close(ref_logps(model, reference, batch), start)
+    assert not torch.allclose(logps(model, batch), start)
+    base = make_reference("adapter-off", model)
+    assert not base.equal_at_start, "asked for by name, the raw base may differ"
+    assert torch.equal(ref_logps(model, base, batch), logps(make_model(), batch))
+
+
 def test_no_gradient_reaches_the_reference(batch):
     model = lora(make_model())
     reference = make_reference("adapter-off", model)
@@ -93,10 +109,13 @@ def test_no_gradient_reaches_the_reference(batch):
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_starts_that_change_the_base_are_refused(start):
+def test_starts_that_change_the_base_get_a_real_reference(start, batch):
     model = lora(make_model(), init_lora_weights=start)
     with pytest.raises(InputError, match=f"starts with {start}, which changes the base weights"):
-        make_reference("auto", model)
+        make_reference("adapter-off", model)
+    reference = make_reference("auto", model)
+    torch.testing.assert_close(ref_logps(model, reference, batch), logps(make_model(), batch), rtol=1e-4, atol=1e-4)
+    assert start_difference(model, reference, batch) < 1e-5
 
 
 @pytest.mark.parametrize(

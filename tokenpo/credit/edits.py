@@ -95,7 +95,7 @@ def edit_operations(
     operations = torch.full_like(a, NOT_COUNTED), torch.full_like(b, NOT_COUNTED)
     pairs = torch.arange(len(a), device=a.device)
     i, j = n.clone(), m.clone()
-    while bool((i + j).any()):
+    for _ in range(a.shape[1] + b.shape[1]):
         move = torch.where(i + j > 0, moves[i + j, pairs, i].long(), NOT_COUNTED)
         takes_a = (move >= 0) & (move != ADDED)
         takes_b = (move >= 0) & (move != DELETED)

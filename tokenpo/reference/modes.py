@@ -5,7 +5,8 @@
 `adapter-off`     the policy's own base with its PEFT adapters disabled
 `adapter:<name>`  a frozen PEFT adapter of the policy, for a policy that starts from an adapter
 `none`            no reference: for losses that read none
-`auto`            `none` where the loss reads none, `adapter-off` for a PEFT policy, else `copy`
+`auto`            `none` where the loss reads none, else `copy`; for a PEFT policy `adapter-off` while its adapter is
+                  fresh, and a frozen copy of the adapter it starts from where that was trained before
 
 All forwards run under `no_grad`, in the policy's own train/eval mode: dropout has to be off (`disable_dropout`).
 A cached reference joins here: another function from a batch to hidden states and a head.
@@ -14,8 +15,8 @@ A cached reference joins here: another function from a batch to hidden states an
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,19 +27,24 @@ from tokenpo.errors import InputError
 from tokenpo.statistics import LinearHead, hidden_before_head, response_stats
 
 MODES = ("auto", "none", "copy", "adapter-off", "adapter:<name>", "model:<folder>")
+COPIED = "reference"
+"""Name of the adapter that `auto` makes as the frozen copy of a trained one."""
 CHANGED_BASE = ("pissa", "olora", "loftq", "corda")
 """Ways to start an adapter that subtract it from the base weights: with the adapter off, the base is not the model."""
-
-Scored = tuple[Tensor, LinearHead]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A mode with its `score(policy, batch) -> (hidden, head)`. `equal_at_start`: it must agree with a fresh policy."""
+    """A mode. `enter(policy)` is a context that gives the model to call; `equal_at_start`: a fresh policy agrees."""
 
     mode: str
-    score: Callable[[nn.Module, Mapping[str, Tensor]], Scored]
+    enter: Callable[[nn.Module], AbstractContextManager[nn.Module]]
     equal_at_start: bool
+
+    def score(self, policy: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, LinearHead]:
+        """The reference's hidden states before its head, and that head: what `response_stats` asks for."""
+        with torch.no_grad(), self.enter(policy) as model:
+            return hidden_before_head(model, batch), LinearHead.of(model)
 
 
 def make_reference(
@@ -49,8 +55,12 @@ def make_reference(
     `needed`: the loss reads the reference. `load`: folder -> model, for `model:<folder>`. Raises InputError for an
     unknown mode, for `none` where the loss needs one, and where the mode does not fit the model.
     """
-    if mode == "auto":
-        mode = ("adapter-off" if is_peft(model) else "copy") if needed else "none"
+    if mode == "auto" and not needed:
+        mode = "none"
+    elif mode == "auto" and not is_peft(model):
+        mode = "copy"
+    elif mode == "auto":
+        mode = "adapter-off" if is_fresh(model) else f"adapter:{copy_adapter(model)}"
     if mode == "none":
         if needed:
             raise InputError(
@@ -99,16 +109,13 @@ def start_difference(policy: nn.Module, reference: Reference, batch: Mapping[str
 def _separate(mode: str, model: nn.Module, equal_at_start: bool) -> Reference:
     model.requires_grad_(False)
     disable_dropout(model)
-    head = LinearHead.of(model)
 
-    def score(policy: nn.Module, batch: Mapping[str, Tensor]) -> Scored:
-        if next(model.parameters()).device != batch["input_ids"].device:
-            model.to(batch["input_ids"].device)
-        return hidden_before_head(model, batch), head if head.weight.device == batch[
-            "input_ids"
-        ].device else LinearHead.of(model)
+    @contextmanager
+    def enter(policy: nn.Module) -> Iterator[nn.Module]:
+        model.to(next(policy.parameters()).device)
+        yield model
 
-    return Reference(mode, score, equal_at_start)
+    return Reference(mode, enter, equal_at_start)
 
 
 def _adapter_reference(mode: str, model: nn.Module) -> Reference:
@@ -124,35 +131,54 @@ def _adapter_reference(mode: str, model: nn.Module) -> Reference:
             if start.startswith(CHANGED_BASE):
                 raise InputError(
                     f"adapter '{adapter}' starts with {start}, which changes the base weights, so the model with the "
-                    "adapter off is not the one you began with: give reference=model:<folder>"
+                    "adapter off is not the one you began with: take reference auto, or model:<folder>"
                 )
-        fresh = not any(getattr(config, "inference_mode", False) for config in adapters.values())
     elif name not in adapters:
         raise InputError(f"the policy has no adapter '{name}': it has {', '.join(map(repr, adapters))}")
 
-    def score(policy: nn.Module, batch: Mapping[str, Tensor]) -> Scored:
+    @contextmanager
+    def enter(policy: nn.Module) -> Iterator[nn.Module]:
         peft: Any = unwrap(policy)
-        context = peft.disable_adapter() if mode == "adapter-off" else _only(peft, name)
-        with context:
-            return hidden_before_head(policy, batch), LinearHead.of(policy)
+        with peft.disable_adapter() if mode == "adapter-off" else _only(peft, name):
+            yield policy
 
-    return Reference(mode, score, equal_at_start=mode == "adapter-off" and fresh)
+    equal = is_fresh(model) if mode == "adapter-off" else name == COPIED
+    return Reference(mode, enter, equal_at_start=equal)
 
 
-def _only(peft: Any, name: str) -> AbstractContextManager:
+def is_fresh(model: nn.Module) -> bool:
+    """Does no adapter of the PEFT model change its output yet? LoRA starts with B = 0; other kinds count as trained."""
+    factors = [p for n, p in model.named_parameters() if "lora_B" in n or "lora_embedding_B" in n]
+    return bool(factors) and not any(p.any() for p in factors)
+
+
+def copy_adapter(model: nn.Module) -> str:
+    """Add a frozen copy of the active adapter, which the policy started from; returns its name."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    peft: Any = unwrap(model)
+    active = peft.active_adapter
+    if COPIED not in peft.peft_config:
+        config = copy.deepcopy(peft.peft_config[active])
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # a start like pissa would change the base once more
+        peft.add_adapter(COPIED, config)
+        set_peft_model_state_dict(peft, get_peft_model_state_dict(peft, adapter_name=active), adapter_name=COPIED)
+        for name, parameter in peft.named_parameters():
+            if f".{COPIED}." in name:
+                parameter.requires_grad_(False)
+    return COPIED
+
+
+@contextmanager
+def _only(peft: Any, name: str) -> Iterator[None]:
     """The PEFT model with adapter `name` active; the one that trains, and what is trainable, are put back."""
     active = peft.active_adapter
-    if active == name:
-        return nullcontext()
-
-    class Switch:
-        def __enter__(self) -> None:
-            self.trainable = {n for n, p in peft.named_parameters() if p.requires_grad}
-            peft.base_model.set_adapter(name)
-
-        def __exit__(self, *exc: object) -> None:
-            peft.base_model.set_adapter(active)
-            for n, p in peft.named_parameters():
-                p.requires_grad_(n in self.trainable)
-
-    return Switch()
+    trainable = {n for n, p in peft.named_parameters() if p.requires_grad}
+    peft.base_model.set_adapter(name)
+    try:
+        yield
+    finally:
+        peft.base_model.set_adapter(active)
+        for n, p in peft.named_parameters():
+            p.requires_grad_(n in trainable)

@@ -6,14 +6,15 @@ expectations that entropy and KL need); the backward pass rebuilds each tile and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenpo.errors import InputError
 from tokenpo.statistics.dense import REFERENCE_OUTPUTS, check_outputs, check_temperature, check_tokens
+from tokenpo.statistics.gradient import TileGradient, propagate, row_weights
 from tokenpo.statistics.head import LinearHead
 from tokenpo.statistics.tiles import Plan, Sweep
 
@@ -131,9 +132,9 @@ class _LinearTokenStats(torch.autograd.Function):
         upstream = _present(ctx.plan.outputs, grads)
         needs_reference = "ref_kl" in upstream or "policy_kl" in upstream
         plan = ctx.plan if needs_reference else ctx.plan._replace(reference=None)
-        weights = _row_weights(upstream, kept, gain=plan.policy.scale / plan.temperature)
-        gradient = _TileGradient(Sweep(plan, tensors), tokens, weights, kept)
-        return None, None, *_propagate(gradient, ctx.needs_input_grad[2:5]), None, None, None
+        weights = row_weights(upstream, kept, gain=plan.policy.scale / plan.temperature)
+        gradient = TileGradient(Sweep(plan, tensors), tokens, weights, kept)
+        return None, None, *propagate(gradient, ctx.needs_input_grad[2:5]), None, None, None
 
 
 def _present(names: Sequence[str], values: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -173,6 +174,7 @@ def _scan(sweep: Sweep, tokens: Tensor) -> dict[str, Tensor]:
             terms = _dot(exp_p, x, x, sweep.may_forbid)
             sum_x = drop_p.exp() * (sum_x + drop_p * sum_p) + terms
         sum_p = drop_p.exp() * sum_p + exp_p.sum(1)
+    # sums nobody asked for stayed zero; their rows below are neither returned nor used
     log_p, log_q = sum_p.log(), sum_q.log()
     rows = {"peak_p": peak_p, "log_p": log_p, "logps": taken_p - peak_p - log_p}
     rows["entropy"] = log_p - sum_x / sum_p
@@ -202,97 +204,3 @@ def _dot(weights: Tensor, values: Tensor, out: Tensor, may_forbid: bool) -> Tens
     nothing = weights == 0 if may_forbid else None
     terms = torch.mul(weights, values, out=out)
     return (terms if nothing is None else terms.masked_fill_(nothing, 0)).sum(1)
-
-
-class _RowWeights(NamedTuple):
-    """dz = e^x (const + own x - cross y) - other e^y + onehot; each (N,), None where nothing needs it."""
-
-    const: Tensor
-    own: Tensor | None
-    cross: Tensor | None
-    other: Tensor | None
-    onehot: Tensor | None
-
-
-def _row_weights(grads: Mapping[str, Tensor], kept: Mapping[str, Tensor], gain: float) -> _RowWeights:
-    """Collect the upstream gradients by the part of a tile they multiply.
-
-    The formula of `linear_token_stats` with log p = x - log_p and log q = y - log_q;
-    `gain` = scale / temperature.
-    """
-    log_p = kept["log_p"]
-    unit, const = gain * torch.exp(-log_p), torch.zeros_like(log_p)
-    own: Tensor | None = None
-    cross = other = onehot = None
-    if "logps" in grads:
-        const, onehot = const - grads["logps"], gain * grads["logps"]
-    if "ref_kl" in grads:
-        const, other = const + grads["ref_kl"], grads["ref_kl"] * gain * torch.exp(-kept["log_q"])
-    if "policy_kl" in grads:
-        own = cross = grads["policy_kl"]
-        const = const + grads["policy_kl"] * (kept["log_q"] - log_p - kept["policy_kl"])
-    if "entropy" in grads:
-        own = -grads["entropy"] if own is None else own - grads["entropy"]
-        const = const + grads["entropy"] * (log_p - kept["entropy"])
-    own, cross = (None if part is None else part * unit for part in (own, cross))
-    return _RowWeights(const * unit, own, cross, other, onehot)
-
-
-class _TileGradient(NamedTuple):
-    """What every tile of the gradient needs."""
-
-    sweep: Sweep
-    tokens: Tensor
-    weights: _RowWeights
-    kept: Mapping[str, Tensor]
-
-    def tile(self, start: int, stop: int) -> Tensor:
-        """The gradient with respect to columns start..stop of h W^T + b, (N, stop - start), in a buffer."""
-        sweep, weights, kept = self.sweep, self.weights, self.kept
-        x = sweep.logits(sweep.policy, start, stop, "x", slope=True).sub_(kept["peak_p"][:, None])
-        exp_p = torch.exp(x, out=sweep.buffer("exp_p", stop - start))
-        if sweep.reference is not None:
-            y = sweep.logits(sweep.reference, start, stop, "y").sub_(kept["peak_q"][:, None])
-        if weights.own is None:
-            dz = exp_p.mul_(weights.const[:, None])
-        else:
-            dz = x.mul_(weights.own[:, None]).add_(weights.const[:, None])
-            if weights.cross is not None:
-                dz.addcmul_(y, weights.cross[:, None], value=-1)
-            dz.mul_(exp_p)
-            if sweep.may_forbid:
-                dz.masked_fill_(exp_p == 0, 0)
-        if weights.other is not None:
-            dz.addcmul_(y.exp_(), weights.other[:, None], value=-1)
-        if weights.onehot is not None:
-            offsets = self.tokens - start
-            inside = (offsets >= 0) & (offsets < stop - start)
-            column = torch.where(inside, offsets, 0)[:, None]
-            dz.scatter_add_(1, column, torch.where(inside, weights.onehot, 0.0)[:, None])
-        if sweep.policy.numbers.softcap is not None:
-            dz.mul_(sweep.buffer("slope", stop - start))
-        return dz
-
-
-def _propagate(gradient: _TileGradient, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias where wanted. Each tile of the weight's is written once."""
-    sweep = gradient.sweep
-    hidden, weight, bias, numbers = sweep.policy
-    d_hidden = torch.zeros_like(hidden, dtype=sweep.plan.dtype) if wanted[0] else None
-    d_weight = torch.empty_like(weight) if wanted[1] else None
-    d_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
-    for start, stop in sweep.tiles():
-        dz = gradient.tile(start, stop)
-        if d_bias is not None:
-            d_bias[start:stop] = dz.sum(0)
-        operand = dz
-        if dz.dtype != numbers.dtype:
-            operand = sweep.buffer("product", stop - start, numbers.dtype).copy_(dz)
-        if d_hidden is not None:
-            rows = weight[start:stop].to(numbers.dtype)
-            d_hidden.addmm_(operand, rows) if operand is dz else d_hidden.add_(operand @ rows)
-        if d_weight is not None and weight.dtype == numbers.dtype:
-            torch.mm(operand.T, hidden, out=d_weight[start:stop])
-        elif d_weight is not None:
-            d_weight[start:stop] = operand.T @ hidden
-    return d_hidden, d_weight, d_bias  # autograd casts d_hidden to the dtype of hidden
