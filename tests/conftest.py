@@ -32,13 +32,13 @@ def make_tokenizer(chat_template=None):
     return tokenizer
 
 
-def make_model(seed=0, vocab_size=len(LETTERS) + 4, **options):
+def make_model(seed=0, **options):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(
-        vocab_size=vocab_size, **sizes, num_key_value_heads=2, max_position_embeddings=256,
+        vocab_size=len(LETTERS) + 4, **sizes, num_key_value_heads=2, max_position_embeddings=256,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2, **options,
     )  # fmt: skip
     return LlamaForCausalLM(config)

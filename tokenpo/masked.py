@@ -78,6 +78,8 @@ def quantile(x: Tensor, mask: Tensor, q: float, dim: int | None = None) -> Tenso
 
 def min_max(x: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
     """`(x - min) / (max - min)` along `dim` over the mask; 0 where all counted values are equal, and off the mask."""
+    if x.shape[dim] == 0:
+        return select(x, mask)
     some = mask.any(dim, keepdim=True)
     low = select(select(x, mask, torch.inf).amin(dim, keepdim=True), some)
     span = select(select(x, mask, -torch.inf).amax(dim, keepdim=True), some) - low

@@ -20,7 +20,7 @@ from tokenpo.errors import InputError
 
 Function = typing.TypeVar("Function", bound=Callable[..., Any])
 
-ROOMS = ("tokenpo.losses", "tokenpo.credit", "tokenpo.advantages")
+ROOMS = ("tokenpo.losses", "tokenpo.credit", "tokenpo.advantages", "tokenpo.reward_models")
 
 
 @dataclass(frozen=True)

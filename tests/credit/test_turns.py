@@ -61,14 +61,15 @@ def test_rewards_sit_on_the_last_token_of_a_turn():
 
 
 @pytest.mark.parametrize("gamma", [0.9, 1.0, 0.0])
-def test_advantages_against_a_loop(gamma):
+@pytest.mark.parametrize("group", [GROUP, torch.tensor([7, 3, 7, 3]), torch.tensor([1, 2, 2, 1])])
+def test_advantages_against_a_loop(group, gamma):
     placed = turn_rewards_at_ends(TURNS, MASK)
-    trajectory, turn = by_loop(MASK, TURNS, GROUP, gamma)
-    torch.testing.assert_close(scaled_group_advantages(placed.sum(-1), GROUP), trajectory)
-    torch.testing.assert_close(turn_advantages(placed, GROUP, MASK, gamma=gamma), turn)
+    trajectory, turn = by_loop(MASK, TURNS, group, gamma)
+    torch.testing.assert_close(scaled_group_advantages(placed.sum(-1), group), trajectory)
+    torch.testing.assert_close(turn_advantages(placed, group, MASK, gamma=gamma), turn)
     fused = torch.where(MASK, trajectory.unsqueeze(-1) + turn, 0.0)
-    torch.testing.assert_close(dual_level_advantages(placed, GROUP, MASK, gamma=gamma), fused)
-    torch.testing.assert_close(mean_dual_level_advantages(placed, GROUP, MASK, gamma=gamma), fused / 2)
+    torch.testing.assert_close(dual_level_advantages(placed, group, MASK, gamma=gamma), fused)
+    torch.testing.assert_close(mean_dual_level_advantages(placed, group, MASK, gamma=gamma), fused / 2)
 
 
 def test_one_turn_a_row_gives_both_levels_the_same():

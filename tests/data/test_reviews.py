@@ -58,6 +58,8 @@ def test_a_word_keeps_its_worth_in_every_place():
         for word, worth in words.items():
             assert reviews.WORTHS[word] == worth, (place, word)
             assert worth != 0 and -2 <= worth <= 2 and reviews.WORD.fullmatch(word) and word == word.lower()
+    for adjectives in reviews.ADJECTIVES.values():
+        assert len(set(adjectives)) == len(adjectives)  # or the surprisal of a text would not be that of its choices
     assert len(reviews.WORTHS) >= 120
     assert 0.45 < sum(worth > 0 for worth in reviews.WORTHS.values()) / len(reviews.WORTHS) < 0.55
 

@@ -18,6 +18,8 @@ class TrainConfig:
     """Held-out pairs, likewise. Left out: a twentieth of the training pairs (at most 500), drawn with the seed."""
     columns: dict[str, str] = field(default_factory=dict)
     """Where your columns have other names: {prompt: question, chosen: good, rejected: bad}."""
+    swap: bool = False
+    """Train on the rejected responses as if they were chosen: the model of bad answers that some methods use."""
     max_length: int = 1024
     """Tokens of prompt and response together; a longer response is cut at its end, and counted."""
     max_prompt_length: int | None = None

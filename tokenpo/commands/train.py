@@ -12,7 +12,7 @@ from typing import Any
 from tokenpo import __version__, methods
 from tokenpo.commands import compare
 from tokenpo.commands.config import TrainConfig
-from tokenpo.commands.credit import check_credit, token_rewards
+from tokenpo.commands.credit import attach_credit, check_credit
 from tokenpo.commands.loading import DTYPES, load_model, load_tokenizer, model_folder, prepare_threads
 from tokenpo.errors import InputError
 
@@ -90,8 +90,9 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
-    train_rows, test_rows, test_pairs = load_rows(config, tokenizer)
-    train_rows, test_rows = token_rewards(config, run, (train_rows, test_rows), loss)
+    splits = load_rows(config, tokenizer)
+    test_pairs = list(splits[1][0])
+    train_rows, test_rows = attach_credit(config, run, loss, tokenizer, splits)
     model = load_policy(config)
     prepare_threads(model)
     arguments = {k: v for k, v in config.loss.items() if k != "name"}
@@ -141,14 +142,16 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     return run
 
 
-def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any, list[dict[str, Any]]]:
-    """Tokenised training rows, tokenised held-out rows, and the held-out pairs as they were written."""
+def load_rows(config: TrainConfig, tokenizer: Any) -> list[tuple[Any, Any]]:
+    """(pairs as written, rows tokenised) of the training and of the held-out split."""
     import torch
 
     from tokenpo.data import load_preferences, tokenize_preferences
 
     def load(source: Any, name: str) -> tuple[Any, Any]:
         pairs = load_preferences(source, columns=config.columns or None, split=name)
+        if config.swap:
+            pairs = pairs.rename_columns({"chosen": "rejected", "rejected": "chosen"})
         limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
         file = source if isinstance(source, str) else None
         return pairs, tokenize_preferences(pairs, tokenizer, **limits, file=file)
@@ -162,13 +165,13 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any, list[dict[
         pairs, rows = load(config.train, "train")
         held_out_source = config.test
     if held_out_source is not None:
-        test_pairs, test_rows = load(held_out_source, "test")
-        return rows, test_rows, list(test_pairs)
+        return [(pairs, rows), load(held_out_source, "test")]
     if len(rows) < 2:
         raise InputError(f"{config.train} has {len(rows)} pair: at least 2 are needed to hold one out")
     held_out = max(1, min(500, len(rows) // 20))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    return rows.select(order[held_out:]), rows.select(order[:held_out]), list(pairs.select(order[:held_out]))
+    parts = (order[held_out:], order[:held_out])
+    return [(pairs.select(part), rows.select(part)) for part in parts]
 
 
 def load_policy(config: TrainConfig) -> Any:

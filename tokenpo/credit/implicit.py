@@ -10,7 +10,8 @@ from tokenpo.methods import Positive, method
 
 @method(
     "implicit", kind="credit", title="From r to Q*: Your Language Model is Secretly a Q-Function",
-    paper="https://arxiv.org/abs/2404.12358", needs=("ref_logps",), causal=True, sums_to_reward=False,
+    paper="https://arxiv.org/abs/2404.12358", needs=("ref_logps",), golden=("redistributors_basic",),
+    causal=True, sums_to_reward=False,
 )  # fmt: skip
 def implicit_rewards(logps: Tensor, ref_logps: Tensor, mask: Tensor, *, beta: Positive = 0.1) -> Tensor:
     """(B, T) token rewards beta * (logps - ref_logps) of a model trained with DPO; zero off the mask, detached.

@@ -32,9 +32,12 @@ def call_similarity(predicted: Sequence[Mapping[str, Any]], wanted: Sequence[Map
     index of the parameter names (1 if both have none), V how many wanted parameters are there with equal value.
     A predicted call whose parameters are no JSON object is like nothing; a wanted one is refused.
     """
-    targets = [_parsed(call) for call in wanted]
-    if None in targets:
-        raise InputError(f"the parameters of wanted call {targets.index(None)} are no JSON object: correct the data")
+    targets = []
+    for index, call in enumerate(wanted):
+        target = _parsed(call)
+        if target is None:
+            raise InputError(f"the parameters of wanted call {index} are no JSON object: correct the data")
+        targets.append(target)
     table = [[_similarity(_parsed(call), target) for target in targets] for call in predicted]
     return torch.tensor(table, dtype=torch.float64).reshape(len(predicted), len(wanted))
 

@@ -13,8 +13,11 @@ import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from tokenpo.errors import InputError
+
+T = TypeVar("T")
 
 TAU = 0.64
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -126,7 +129,7 @@ class Dice:
         self.rng = rng
         self.nats = 0.0
 
-    def pick(self, options: Sequence[str]) -> str:
+    def pick(self, options: Sequence[T]) -> T:
         """One of `options`, each equally likely."""
         self.nats += math.log(len(options))
         return options[int(self.rng.random() * len(options))]
@@ -158,15 +161,15 @@ def _fill(template: str, thing: str, dice: Dice) -> str:
 def draw_review(rng: random.Random, thing: str) -> tuple[str, float]:
     """A review of `thing` (2 to 4 different sentences, 12 to 32 words) and its surprisal in nats.
 
-    The surprisal is -log of the probability of the choices made, so its mean over draws is the entropy
-    of the grammar: the least number of nats that a language model can reach on these reviews.
+    The surprisal is -log of the probability of the choices made. A text can come from one set of choices only,
+    so the mean over draws is the entropy of the grammar: the fewest nats a language model can reach here.
     """
     if thing not in ASPECTS:
         raise InputError(f"no review grammar for the thing {thing!r}: choose from {', '.join(ASPECTS)}")
     dice = Dice(rng)
     templates = [*SENTENCES, *OWN_SENTENCES[thing]]
     sentences = []
-    for _ in range(int(dice.pick(LENGTHS))):
+    for _ in range(dice.pick(LENGTHS)):
         template = dice.pick(templates)
         templates.remove(template)
         sentences.append(_fill(template, thing, dice))
@@ -230,7 +233,7 @@ def preference_probability(first: float, second: float, tau: float = TAU) -> flo
 
 
 def draw_pair(rng: random.Random) -> dict[str, str]:
-    """One preference pair: `prompt`, and two different draws of the grammar as `chosen` and `rejected`."""
+    """One preference pair: `prompt`, and two independent draws of the grammar as `chosen` and `rejected`."""
     known = prompts()
     prompt = known[int(rng.random() * len(known))]
     first, second = (draw_review(rng, prompt_thing(prompt))[0] for _ in range(2))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from typing import Any
 
 from tokenpo.errors import InputError
 
@@ -27,7 +28,7 @@ def vocabulary(characters: str) -> dict[str, int]:
     return {token: index for index, token in enumerate((*SPECIALS, *characters))}
 
 
-def character_tokenizer(characters: str):
+def character_tokenizer(characters: str) -> Any:
     """A fast Hugging Face tokenizer with one token per character of `characters` and nothing added around.
 
     Join `tokenizer.bos_token + prompt + response + tokenizer.eos_token` yourself. Needs transformers.
@@ -200,7 +201,7 @@ class KeyTok:
         """Response text."""
         return "".join(self.letters[index] for index in response)
 
-    def draw_response(self, rng) -> list[int]:
+    def draw_response(self, rng: Any) -> list[int]:
         """One response of the chain; one uniform number a letter."""
         response: list[int] = []
         for uniform in rng.random(self.length):
@@ -208,7 +209,7 @@ class KeyTok:
             response.append(min(int(row.searchsorted(uniform)), len(self.letters) - 1))
         return response
 
-    def draw_pair(self, rng) -> tuple[str, list[int], list[int]]:
+    def draw_pair(self, rng: Any) -> tuple[str, list[int], list[int]]:
         """(condition, chosen, rejected)."""
         condition = "A" if rng.random() < 0.5 else "B"
         first, second = self.draw_response(rng), self.draw_response(rng)

@@ -27,6 +27,7 @@ from tokenpo.losses.ra_dpo import (
     released_split_risk,
     released_thresholded_stats,
 )
+from tokenpo.losses.sft import sft_loss
 from tokenpo.losses.simpo import simpo_loss
 from tokenpo.losses.sparsepo import sparsepo_common_loss, sparsepo_loss
 from tokenpo.losses.t_reg import t_reg_loss, t_reg_simpo_loss, t_reg_static_loss
@@ -76,6 +77,7 @@ __all__ = [
     "released_thresholded_stats",
     "reverse_kl",
     "robust_dpo_loss",
+    "sft_loss",
     "simpo_loss",
     "sparsepo_common_loss",
     "sparsepo_loss",
