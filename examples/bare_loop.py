@@ -22,9 +22,7 @@ from tokenpo.statistics import LinearHead, hidden_before_head, response_stats
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(embedded_model_path()))
-    parser.add_argument(
-        "--data", default=None, help="JSONL of prompt, chosen, rejected"
-    )
+    parser.add_argument("--data", default=None, help="JSONL of prompt, chosen, rejected")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=16, help="pairs a step")
     parser.add_argument("--lr", type=float, default=1e-3)

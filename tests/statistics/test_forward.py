@@ -97,15 +97,11 @@ def aligned(logits, batch):
 def dense(model, batch, outputs, ref_model=None, temperature=1.0):
     logits, tokens, mask = aligned(own_logits(model, batch), batch)
     ref_logits = None if ref_model is None else aligned(own_logits(ref_model, batch), batch)[0]
-    return dense_token_stats(
-        logits, tokens, mask, ref_logits=ref_logits, outputs=outputs, temperature=temperature
-    )
+    return dense_token_stats(logits, tokens, mask, ref_logits=ref_logits, outputs=outputs, temperature=temperature)
 
 
 def total(stats):
-    return sum(
-        value.sum() for name, value in stats.tensors().items() if name != "mask" and value.requires_grad
-    )
+    return sum(value.sum() for name, value in stats.tensors().items() if name != "mask" and value.requires_grad)
 
 
 def parameter_gradients(model, stats):
@@ -124,9 +120,7 @@ def assert_same_stats(ours, theirs, atol=1e-5):
 def assert_same_gradients(ours, theirs, atol=2e-5):
     assert ours.keys() == theirs.keys() and ours
     for name, grad in ours.items():
-        torch.testing.assert_close(
-            grad, theirs[name], atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(grad, theirs[name], atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 class Table(nn.Module):
@@ -322,9 +316,7 @@ def test_a_reference_without_gradients_leaves_no_casts_behind_for_the_model():
     """Autocast caches casts of weights; one made under no_grad would cut the model's gradient."""
     model, batch = make_model(), make_batch()
     with torch.autocast("cpu", torch.bfloat16):
-        stats = response_stats(
-            model, batch, reference=lambda b: (hidden_before_head(model, b), LinearHead.of(model))
-        )
+        stats = response_stats(model, batch, reference=lambda b: (hidden_before_head(model, b), LinearHead.of(model)))
     assert torch.equal(stats.logps, stats.ref_logps)
     assert parameter_gradients(model, stats)["model.layers.0.mlp.up_proj.weight"].any()
 
@@ -342,9 +334,7 @@ def test_no_tensor_of_the_size_of_the_logits(monkeypatch):
     model = Table(torch.randn(2000, 4))
     model.lm_head.weight = nn.Parameter(torch.randn(2000, 4))
     batch = make_batch((1, 1, 1), (300, 200, 12), length=301)
-    monkeypatch.setattr(
-        "tokenpo.statistics.linear.TILE_BYTES_CPU", 256 * 512 * 8
-    )  # 256 columns of 512 tokens
+    monkeypatch.setattr("tokenpo.statistics.linear.TILE_BYTES_CPU", 256 * 512 * 8)  # 256 columns of 512 tokens
     with Largest() as largest:
         total(response_stats(model, batch, ("logps", "entropy"))).backward()
     assert largest.numel == 512 * 256
@@ -476,6 +466,4 @@ def test_reference_outputs_need_a_reference_of_the_same_size():
     with pytest.raises(InputError, match="61 rows and the reference's 64"):
         response_stats(model, batch, reference=lambda b: (hidden_before_head(wide, b), LinearHead.of(wide)))
     with pytest.raises(InputError, match=r"the reference's hidden states are \(3, 12, 64\)"):
-        response_stats(
-            model, batch, reference=lambda b: (hidden_before_head(wide, b)[:, 1:], LinearHead.of(wide))
-        )
+        response_stats(model, batch, reference=lambda b: (hidden_before_head(wide, b)[:, 1:], LinearHead.of(wide)))

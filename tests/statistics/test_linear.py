@@ -116,9 +116,7 @@ def test_dense_counts_impossible_tokens_as_zero():
     logits = torch.tensor([[[0.0, 0.0, math.log(2)]]], requires_grad=True)
     ref_logits = torch.tensor([[[0.0, 0.0, -math.inf]]])
     one = torch.ones(1, 1, dtype=torch.bool)
-    stats = dense_token_stats(
-        logits, torch.zeros(1, 1).long(), one, ref_logits=ref_logits, outputs=["ref_kl"]
-    )
+    stats = dense_token_stats(logits, torch.zeros(1, 1).long(), one, ref_logits=ref_logits, outputs=["ref_kl"])
     assert stats.ref_kl.item() == pytest.approx(math.log(2), abs=1e-6)
     (grad,) = torch.autograd.grad(stats.ref_kl.sum(), logits)
     torch.testing.assert_close(grad, torch.tensor([[[-0.25, -0.25, 0.5]]]))  # p - q
@@ -183,9 +181,7 @@ def test_tile_width_changes_nothing(width):
 
 def test_wide_tiles_are_multiples_of_64_unless_one_is_enough():
     hidden, head = torch.zeros(N, D), LinearHead(torch.zeros(300, D))
-    widths = [
-        Plan.of(("logps",), (hidden, head), None, 1.0, N * 8 * budget).width for budget in (100, 299, 300)
-    ]
+    widths = [Plan.of(("logps",), (hidden, head), None, 1.0, N * 8 * budget).width for budget in (100, 299, 300)]
     assert widths == [64, 256, 300]
 
 
@@ -247,9 +243,7 @@ def test_products_run_in_the_narrower_dtype():
     assert product_dtype(wide, narrow) == product_dtype(narrow, wide) == product_dtype(narrow, narrow) == BF16
     assert product_dtype(wide, wide) == FP32 and product_dtype(wide, wide.double()) == FP32
     with torch.autocast("cpu", BF16):
-        assert (
-            product_dtype(wide, wide) == BF16 and product_dtype(wide.double(), wide.double()) == torch.float64
-        )
+        assert product_dtype(wide, wide) == BF16 and product_dtype(wide.double(), wide.double()) == torch.float64
 
 
 def test_autocast_is_the_same_as_casting_the_operands():
@@ -331,9 +325,7 @@ def test_forbidden_tokens():
     """A bias of -inf: zero probability, zero terms; what only the policy forbids makes ref_kl infinite."""
     hidden, head, tokens, ref = make()
     tokens = tokens.clamp(min=6)
-    ban = torch.zeros(V, dtype=torch.float64).index_fill(
-        0, torch.arange(5), -math.inf
-    )  # a whole tile and more
+    ban = torch.zeros(V, dtype=torch.float64).index_fill(0, torch.arange(5), -math.inf)  # a whole tile and more
     bias = (head.bias.detach() + ban).requires_grad_()
     head = LinearHead(head.weight, bias)
     ref["ref_head"] = LinearHead(ref["ref_head"].weight, ref["ref_head"].bias + ban)
@@ -380,9 +372,7 @@ def test_shapes_are_checked_in_dense_and_head():
     with pytest.raises(InputError, match=r"logits \(1, 2, 3\)"):
         dense_token_stats(torch.zeros(1, 2, 3), torch.zeros(1, 3).long(), one)
     with pytest.raises(InputError, match=r"ref_logits \(1, 3, 4\)"):
-        dense_token_stats(
-            torch.zeros(1, 3, 5), torch.zeros(1, 3).long(), one, ref_logits=torch.zeros(1, 3, 4)
-        )
+        dense_token_stats(torch.zeros(1, 3, 5), torch.zeros(1, 3).long(), one, ref_logits=torch.zeros(1, 3, 4))
     with pytest.raises(InputError, match=r"softcap must be positive"):
         LinearHead(torch.zeros(V, D), softcap=0.0)
     with pytest.raises(InputError, match=r"bias is \(3,\) but weight has 23 rows"):

@@ -49,9 +49,7 @@ def dense_token_stats(
             f"mask {tuple(mask.shape)} both (B, T)"
         )
     if ref_logits is not None and ref_logits.shape != logits.shape:
-        raise InputError(
-            f"ref_logits {tuple(ref_logits.shape)} and logits {tuple(logits.shape)} must have one shape"
-        )
+        raise InputError(f"ref_logits {tuple(ref_logits.shape)} and logits {tuple(logits.shape)} must have one shape")
     names = check_outputs(outputs, ref_logits is not None)
     check_temperature(temperature)
     wanted = {*names, "logps"} | ({"ref_logps"} if ref_logits is not None else set())
@@ -64,9 +62,7 @@ def dense_token_stats(
     return TokenStats(mask=mask, **{name: scatter_rows(value, mask) for name, value in rows.items()})
 
 
-def dense_rows(
-    log_p: Tensor, log_q: Tensor | None, tokens: Tensor, outputs: Collection[str]
-) -> dict[str, Tensor]:
+def dense_rows(log_p: Tensor, log_q: Tensor | None, tokens: Tensor, outputs: Collection[str]) -> dict[str, Tensor]:
     """The statistics (N,) of rows of log-probabilities (N, V); formulas in `dense_token_stats`."""
     rows = {}
     if "logps" in outputs:
@@ -90,9 +86,7 @@ def scatter_rows(values: Tensor, mask: Tensor) -> Tensor:
     Differentiable in `values`. Raises InputError unless N is the number of True positions.
     """
     if values.shape != (int(mask.sum()),):
-        raise InputError(
-            f"values {tuple(values.shape)} must be ({int(mask.sum())},), one per True position of mask"
-        )
+        raise InputError(f"values {tuple(values.shape)} must be ({int(mask.sum())},), one per True position of mask")
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
@@ -104,9 +98,7 @@ def check_outputs(outputs: Sequence[str], has_reference: bool) -> tuple[str, ...
         if name not in OUTPUTS:
             raise InputError(f"unknown output '{name}': choose from {', '.join(OUTPUTS)}")
         if name in REFERENCE_OUTPUTS and not has_reference:
-            raise MissingInputError(
-                f"'{name}' needs a reference and none was given: pass one, or do not ask for it"
-            )
+            raise MissingInputError(f"'{name}' needs a reference and none was given: pass one, or do not ask for it")
     return tuple(name for name in OUTPUTS if name in names)
 
 

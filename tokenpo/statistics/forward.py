@@ -97,9 +97,7 @@ def hidden_before_head(model: nn.Module, batch: Batch) -> Tensor:
     with _forward_replaced(module, catch):
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     if len(caught) != 1:
-        raise InputError(
-            f"{type(model).__name__} called its output head {len(caught)} times in a forward, not once"
-        )
+        raise InputError(f"{type(model).__name__} called its output head {len(caught)} times in a forward, not once")
     if caught[0].shape[:2] != batch["input_ids"].shape:
         raise InputError(
             f"the hidden states before the head are {tuple(caught[0].shape)} but input_ids are "
@@ -194,8 +192,7 @@ def _take(hidden: Tensor, places: _Places, whose: str) -> Tensor:
     """(N, d): the hidden states that predict response tokens."""
     if hidden.dim() != 3 or hidden.shape[:2] != (places.mask.shape[0], places.length):
         raise InputError(
-            f"{whose} hidden states are {tuple(hidden.shape)}, "
-            f"not ({places.mask.shape[0]}, {places.length}, d)"
+            f"{whose} hidden states are {tuple(hidden.shape)}, not ({places.mask.shape[0]}, {places.length}, d)"
         )
     return hidden.flatten(0, 1).index_select(0, places.before)
 

@@ -44,9 +44,7 @@ class LinearHead:
         if self.weight.dim() != 2:
             raise InputError(f"LinearHead.weight must be (V, d), got shape {tuple(self.weight.shape)}")
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
-            raise InputError(
-                f"LinearHead.bias is {tuple(self.bias.shape)} but weight has {self.weight.shape[0]} rows"
-            )
+            raise InputError(f"LinearHead.bias is {tuple(self.bias.shape)} but weight has {self.weight.shape[0]} rows")
         if self.softcap is not None and not self.softcap > 0:
             raise InputError(f"LinearHead.softcap must be positive or None, got {self.softcap}")
 
@@ -101,17 +99,13 @@ def output_module(model: nn.Module) -> nn.Module:
     get = getattr(inner, "get_output_embeddings", None)
     module = get() if get is not None else None
     if module is None:
-        raise InputError(
-            f"{name} has no output embeddings: pass a causal language model, such as AutoModelForCausalLM"
-        )
+        raise InputError(f"{name} has no output embeddings: pass a causal language model, such as AutoModelForCausalLM")
     config = _text_config(model)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{name} is an encoder-decoder: only decoder-only language models are supported")
     kind = getattr(config, "model_type", None)
     if kind in UNSUPPORTED:
-        raise InputError(
-            f"the logits of {kind} models are no plain function of hidden states: {UNSUPPORTED[kind]}"
-        )
+        raise InputError(f"the logits of {kind} models are no plain function of hidden states: {UNSUPPORTED[kind]}")
     return module
 
 
@@ -125,9 +119,7 @@ def _active_copy(module: Any) -> nn.Module:
         bypassed = module.disable_adapters or not active or any(name not in copies for name in active)
         module = module.original_module if bypassed else copies[active[0]]
     if hasattr(module, "base_layer"):
-        raise InputError(
-            "the output head carries an adapter: remove it from target_modules, or use modules_to_save"
-        )
+        raise InputError("the output head carries an adapter: remove it from target_modules, or use modules_to_save")
     return module
 
 
@@ -137,9 +129,7 @@ def _plain(module: nn.Module, name: str) -> Tensor:
     what = f"the output head's {name} ({type(module).__name__})"
     sharded = hasattr(value, "full_tensor") or hasattr(value, "ds_id")  # DTensor, DeepSpeed ZeRO-3
     if sharded or (isinstance(value, Tensor) and value.numel() == 0):
-        raise InputError(
-            f"{what} is sharded: use DDP, ZeRO stage 1 or 2, or FSDP2 with the head in the root's group"
-        )
+        raise InputError(f"{what} is sharded: use DDP, ZeRO stage 1 or 2, or FSDP2 with the head in the root's group")
     if isinstance(value, Tensor) and value.device.type == "meta":
         raise InputError(f"{what} is offloaded: place the head on a device")
     if type(value) not in (Tensor, nn.Parameter) or value.dtype not in FLOAT_DTYPES:

@@ -1,6 +1,8 @@
 """Trainers on engines that exist: transformers' Trainer with accelerate."""
 
+from tokenpo.training.credit import TokenCredit
+from tokenpo.training.engines import ENGINES
 from tokenpo.training.progress import ProgressLine
 from tokenpo.training.trainer import ExactLossMixin, PreferenceTrainer, last_checkpoint
 
-__all__ = ["ExactLossMixin", "PreferenceTrainer", "ProgressLine", "last_checkpoint"]
+__all__ = ["ENGINES", "ExactLossMixin", "PreferenceTrainer", "ProgressLine", "TokenCredit", "last_checkpoint"]

@@ -24,6 +24,8 @@ from tokenpo.data import PreferenceCollator
 from tokenpo.errors import InputError, TokenpoError
 from tokenpo.reference import Reference, disable_dropout, make_reference, start_difference
 from tokenpo.statistics import head_matches_model, response_stats
+from tokenpo.training.credit import TokenCredit
+from tokenpo.training.engines import ENGINES
 from tokenpo.training.sampling import EpochSampler, FilledRows
 from tokenpo.types import LossOutput, TokenStats
 
@@ -60,9 +62,10 @@ class ExactLossMixin:
 class PreferenceTrainer(ExactLossMixin, Trainer):
     """Train `model` on tokenised preference pairs with a registered loss.
 
-    `loss`: the name of a registered pairwise loss; `loss_args`: its hyperparameters. `train_dataset`,
+    `loss`: name of a registered loss of a kind in `tokenpo.training.ENGINES`; `loss_args`: hyperparameters. `train_dataset`,
     `eval_dataset`: rows with prompt_ids, chosen_ids, rejected_ids and optional per-token columns
-    (`tokenpo.data.tokenize_preferences`). `reference`: a mode of `tokenpo.reference`, or a Reference.
+    (`tokenpo.data.tokenize_preferences`). `reference`: a mode of `tokenpo.reference`, or a Reference. `credit`: token
+    values that follow the models at every step (`tokenpo.training.credit`); values fixed beforehand are columns.
     Everything else is as in transformers: accumulation, DDP, FSDP, DeepSpeed, PEFT, loggers, resume.
     Dropout is set to zero in the policy. Raises InputError before any work where loss, data and reference
     do not fit together.
@@ -80,13 +83,20 @@ class PreferenceTrainer(ExactLossMixin, Trainer):
         eval_dataset: Sequence[dict[str, Any]] | None = None,
         reference: str | Reference | None = "auto",
         load_reference: Callable[[str], nn.Module] | None = None,
+        credit: TokenCredit | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        self.loss = methods.get(loss, kind="pairwise")
-        self.loss_function = methods.configure(loss, kind="pairwise", **(loss_args or {}))
-        _require_columns(self.loss, train_dataset, "train")
+        self.loss = methods.get(loss)
+        if self.loss.kind not in ENGINES:
+            raise InputError(
+                f"'{loss}' is a {self.loss.kind}, not a loss that trains: kinds that do: {', '.join(ENGINES)}"
+            )
+        self.loss_function = methods.configure(loss, **(loss_args or {}))
+        self.credit = credit
+        given = credit.fields if credit is not None else ()
+        _require_columns(self.loss, train_dataset, "train", given)
         if eval_dataset is not None:
-            _require_columns(self.loss, eval_dataset, "test")
+            _require_columns(self.loss, eval_dataset, "test", given)
         disable_dropout(model)
         self.outputs = ("logps", *(n for n in ("entropy", "ref_kl", "policy_kl") if n in self.loss.needs))
         self.reads_reference = any(n in self.loss.needs for n in ("ref_logps", "ref_kl", "policy_kl"))
@@ -147,6 +157,8 @@ class PreferenceTrainer(ExactLossMixin, Trainer):
         """Statistics of the chosen and of the rejected responses, fillers left out."""
         score = None if self.reference is None else functools.partial(self.reference.score, model)
         stats = response_stats(model, batch, self.outputs, reference=score)
+        if self.credit is not None:
+            stats = self.credit.attach(stats, model, batch, self.reference)
         real = ~batch["filler"]
         pairs = len(real)
         return stats[:pairs][real], stats[pairs:][real]
@@ -158,7 +170,7 @@ class PreferenceTrainer(ExactLossMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Mapping[str, Tensor] | None = None,
     ) -> Any:
-        out: LossOutput = self.loss_function(*self.pair_stats(model, inputs))
+        out = ENGINES[self.loss.kind](self, model, inputs)
         self._record("train" if model.training and torch.is_grad_enabled() else "eval", out, len(out.per_pair))
         if num_items_in_batch is None:
             return (out.loss, out) if return_outputs else out.loss
@@ -289,12 +301,12 @@ def _collate(collator: PreferenceCollator, rows: Sequence[dict[str, Any]]) -> di
     return batch
 
 
-def _require_columns(loss: methods.Method, rows: Sequence[dict[str, Any]], split: str) -> None:
+def _require_columns(loss: methods.Method, rows: Sequence[dict[str, Any]], split: str, given: Sequence[str]) -> None:
     """Every field that the loss needs and the statistics do not compute has to be a column of the rows."""
     if len(rows) == 0:
         raise InputError(f"the {split} split has no rows")
     for need in loss.needs:
-        if need in FROM_STATISTICS:
+        if need in FROM_STATISTICS or need in given:
             continue
         for side in ("chosen", "rejected"):
             if f"{side}_{need}" not in rows[0]:
