@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     """Load, train, compare before with after, write."""
     import transformers
 
-    from tokenpo.training import PreferenceTrainer, ProgressLine, last_checkpoint
+    from tokenpo.training import PreferenceTrainer, ProgressLine, StepClock, last_checkpoint
 
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(config.seed)
@@ -96,6 +97,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     model = load_policy(config)
     prepare_threads(model)
     arguments = {k: v for k, v in config.loss.items() if k != "name"}
+    clock = StepClock()
     trainer = PreferenceTrainer(
         model,
         _training_arguments(config, run, n_rows=len(train_rows)),
@@ -106,7 +108,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
         loss_args=arguments,
         reference=config.reference,
         load_reference=lambda folder: load_model(folder, config.dtype),
-        callbacks=[ProgressLine()],
+        callbacks=[ProgressLine(), clock],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     _say(f"{loss.name} on {len(train_rows)} pairs, {len(test_rows)} held out; run folder {run}")
@@ -127,6 +129,8 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
         "reference": trainer.reference.mode if trainer.reference else "none",
         "steps": trainer.state.global_step,
         "seconds_training": round(seconds, 2),
+        "seconds_per_step": clock.seconds / max(clock.steps, 1),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "resumed": checkpoint is not None,
         "held_out": {k.removeprefix("eval_"): v for k, v in evaluation.items() if k.startswith("eval_")},
         "bayes_rate": compare.bayes_rate(config, test_pairs),

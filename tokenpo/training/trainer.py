@@ -62,8 +62,8 @@ class ExactLossMixin:
 class PreferenceTrainer(ExactLossMixin, Trainer):
     """Train `model` on tokenised preference pairs with a registered loss.
 
-    `loss`: name of a registered loss of a kind in `tokenpo.training.ENGINES`; `loss_args`: hyperparameters. `train_dataset`,
-    `eval_dataset`: rows with prompt_ids, chosen_ids, rejected_ids and optional per-token columns
+    `loss`: name of a registered loss of a kind in `tokenpo.training.ENGINES`; `loss_args`: its hyperparameters.
+    `train_dataset`, `eval_dataset`: rows with prompt_ids, chosen_ids, rejected_ids and optional per-token columns
     (`tokenpo.data.tokenize_preferences`). `reference`: a mode of `tokenpo.reference`, or a Reference. `credit`: token
     values that follow the models at every step (`tokenpo.training.credit`); values fixed beforehand are columns.
     Everything else is as in transformers: accumulation, DDP, FSDP, DeepSpeed, PEFT, loggers, resume.
