@@ -20,7 +20,7 @@ from tokenpo.methods import nearest
 COMMANDS = {
     "train": "fine-tune a model on preference pairs:  tokenpo train [CONFIG.yaml] [key=value ...]",
     "score": "per-token log-probs, KL and implicit rewards:  tokenpo score MODEL DATA --output FILE",
-    "generate": "sample text from a model:  tokenpo generate --model FOLDER --prompt TEXT",
+    "generate": "text from a model, sampled or by beam search:  tokenpo generate FOLDER --prompt TEXT",
     "methods": "what there is:  tokenpo methods [--json]",
 }
 
@@ -59,9 +59,10 @@ def _run(words: list[str]) -> int:
             raise InputError(f"methods takes --json and nothing else, got {' '.join(rest)}")
         show(as_json="--json" in rest)
     elif command == "train":
+        config = train_config(rest)  # before the imports below, which take seconds
         from tokenpo.commands.train import train
 
-        train(train_config(rest))
+        train(config)
     elif command == "score":
         from tokenpo.commands.score import ScoreConfig, score
 

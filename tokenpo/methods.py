@@ -70,8 +70,7 @@ class Method:
 
     @functools.cached_property
     def hyperparameters(self) -> dict[str, inspect.Parameter]:
-        parameters = inspect.signature(self.function).parameters.values()
-        return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return keyword_only(self.function)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -130,15 +129,26 @@ def get(name: str, kind: str | None = None) -> Method:
 
 def configure(name: str, kind: str | None = None, **hyperparameters: Any) -> Callable[..., Any]:
     """The method with its hyperparameters fixed, every name, type and range checked first."""
-    found = get(name, kind)
+    return bind(name, get(name, kind).function, hyperparameters)
+
+
+def bind(name: str, function: Callable[..., Any], hyperparameters: typing.Mapping[str, Any]) -> Callable[..., Any]:
+    """Any function with its keyword-only arguments fixed, checked like a method's; `name` is for the errors."""
+    known = keyword_only(function)
     for argument, value in hyperparameters.items():
-        if argument not in found.hyperparameters:
-            raise InputError(f"{name} has no hyperparameter '{argument}'{nearest(argument, found.hyperparameters)}")
-        _check(found, argument, value)
-    missing = [n for n, p in found.hyperparameters.items() if p.default is p.empty and n not in hyperparameters]
+        if argument not in known:
+            raise InputError(f"{name} has no hyperparameter '{argument}'{nearest(argument, known)}")
+        _check(name, function, argument, value)
+    missing = [n for n, p in known.items() if p.default is p.empty and n not in hyperparameters]
     if missing:
         raise InputError(f"{name} needs a value for '{missing[0]}'")
-    return functools.partial(found.function, **hyperparameters)
+    return functools.partial(function, **hyperparameters)
+
+
+def keyword_only(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a function by name: the hyperparameters, by convention."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -150,8 +160,13 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f": there is {', '.join(repr(k) for k in known)}" if known else ": there is none"
 
 
-def _check(found: Method, argument: str, value: Any) -> None:
-    hint = typing.get_type_hints(found.function, include_extras=True).get(argument, Any)
+def _check(name: str, function: Callable[..., Any], argument: str, value: Any) -> None:
+    hint = typing.get_type_hints(function, include_extras=True).get(argument, Any)
+    if typing.get_origin(hint) is typing.Literal:
+        if value not in typing.get_args(hint):
+            choices = ", ".join(map(repr, typing.get_args(hint)))
+            raise InputError(f"{name}: {argument} must be one of {choices}, got {value!r}")
+        return
     optional = type(None) in typing.get_args(hint) and typing.get_origin(hint) is not Annotated
     if optional:
         if value is None:
@@ -161,7 +176,7 @@ def _check(found: Method, argument: str, value: Any) -> None:
     base = typing.get_args(hint)[0] if bounds else hint
     accepted = {float: (int, float), int: (int,), bool: (bool,), str: (str,)}.get(base)
     if accepted is not None and (not isinstance(value, accepted) or (base is not bool and isinstance(value, bool))):
-        raise InputError(f"{found.name}: {argument} must be a {base.__name__}, got {value!r}")
+        raise InputError(f"{name}: {argument} must be a {base.__name__}, got {value!r}")
     for bound in bounds:
         if value not in bound:
-            raise InputError(f"{found.name}: {argument} must lie in {bound}, got {value!r}")
+            raise InputError(f"{name}: {argument} must lie in {bound}, got {value!r}")

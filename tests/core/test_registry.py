@@ -26,7 +26,7 @@ def test_entries_are_complete(method):
 def test_defaults_are_accepted(method):
     for argument, parameter in method.hyperparameters.items():
         if parameter.default is not parameter.empty:
-            methods._check(method, argument, parameter.default)
+            methods._check(method.name, method.function, argument, parameter.default)
 
 
 @pytest.mark.parametrize("method", methods.all_methods("pairwise").values(), ids=lambda m: m.name)

@@ -119,3 +119,47 @@ def test_from_text_to_batch():
     batch = PreferenceCollator(tokenizer.pad_token_id)(list(tokenize_preferences(rows, tokenizer)))
     assert batch["input_ids"].tolist() == [[100, 101, 102, 1], [100, 103, 1, 0]]
     assert batch["token_weights"].tolist() == [[2, 3, 1], [4, 5, 0]]
+
+
+TWO = {"chosen_prompt_ids": [1, 2, 6], "rejected_prompt_ids": [8], "chosen_ids": [3, 9], "rejected_ids": [3, 4, 9]}
+
+
+def test_a_prompt_a_side():
+    batch = PreferenceCollator(0)([TWO, {**TWO, "chosen_prompt_ids": [5]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 6, 3, 9], [5, 3, 9, 0, 0], [8, 3, 4, 9, 0], [8, 3, 4, 9, 0]]
+    assert batch["prompt_lengths"].tolist() == [3, 1, 1, 1]
+    assert batch["response_lengths"].tolist() == [2, 2, 3, 3]
+    mixed = PreferenceCollator(0)([A, TWO])
+    assert mixed["prompt_lengths"].tolist() == [2, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected_prompt_ids": None}, "row 0 of the batch has no 'rejected_prompt_ids'"),
+        ({"chosen_prompt_ids": []}, "row 0 of the batch: 'chosen_prompt_ids' is empty"),
+    ],
+)
+def test_mistakes_in_a_prompt_a_side(change, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        PreferenceCollator(0)([{**TWO, **change}])
+
+
+def test_two_prompts_from_text():
+    from conftest import make_tokenizer
+
+    from tokenpo.data.two_prompts import tokenize_two_prompts
+
+    tokenizer = make_tokenizer()
+    ids = lambda text: tokenizer(text)["input_ids"]
+    same = {"chosen_prompt": "ab", "rejected_prompt": "abcdef", "chosen": "xyz", "rejected": "xyz", "source": 7}
+    rows = tokenize_two_prompts([same], tokenizer)
+    assert rows[0] == {
+        "source": 7, "chosen_prompt_ids": ids("ab"), "rejected_prompt_ids": ids("abcdef"),
+        "chosen_ids": [*ids("xyz"), 2], "rejected_ids": [*ids("xyz"), 2],
+    }  # fmt: skip
+    cut = tokenize_two_prompts([same, {**same, "rejected": "xyy"}], tokenizer, max_length=8)
+    assert cut[0]["chosen_ids"] == cut[0]["rejected_ids"] == ids("xy"), "one response keeps as much on both sides"
+    assert cut[1]["chosen_ids"] == [*ids("xyz"), 2] and cut[1]["rejected_ids"] == ids("xy")
+    with pytest.raises(InputError, match=r"pairs.jsonl, row 1: the prompt has 6 tokens and max_length is 3"):
+        tokenize_two_prompts([{**same, "rejected_prompt": "a"}, same], tokenizer, max_length=3, file="pairs.jsonl")

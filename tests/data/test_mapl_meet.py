@@ -189,3 +189,20 @@ def test_control_tokens_are_single_tokens_and_alone_learn_in_phase_1(model, toke
     assert len(learned) == 1, "only the rows of the control tokens learn"
     (rows,) = learned.values()
     assert rows.shape == (4, 32) and rows[2:].abs().sum() > 0 and not rows[:2].any(), "the bad control was read"
+
+
+def test_instructions_stand_before_the_white_space_at_a_prompts_end():
+    (row, *_) = prompt_pairs([{**ROWS[0], "prompt": "Tell me:\n\n"}])
+    assert row["better_prompt"].startswith("Tell me:\n") and row["better_prompt"].endswith(".\n\n")
+    assert "\n\n" not in row["better_prompt"][:-2] and row["source"] == 0
+
+
+def test_control_length(tokenizer):
+    from tokenpo.data.control_tokens import control_length
+
+    tokenizer = copy.deepcopy(tokenizer)
+    assert control_length(tokenizer) == 0
+    add_control_tokens(tokenizer, 3)
+    assert control_length(tokenizer) == 3
+    tokenizer.add_tokens(["<|good_3|>"])
+    assert control_length(tokenizer) == 3, "a token of both controls or of none"

@@ -40,6 +40,7 @@ from tokenpo.losses import (
     extrapolate,
     kto_loss,
     mapl_intra_loss,
+    meet_loss,
     mismatched_kl,
     orpo_loss,
     reverse_kl,
@@ -271,6 +272,8 @@ def meet(case: Case) -> None:
     loss = masked.aggregate(-logps, mask, "token_mean")
     case.check("out_loss", loss)
     case.check("out_row_nll", masked.sum(-logps, mask, -1))
+    stats, good = TokenStats(mask=mask, logps=logps), case["control"] == 0
+    case.check("out_loss", meet_loss(stats[good], stats[~good]).loss)
     check_grad(case, loss, logps)
 
 

@@ -15,10 +15,13 @@ from tokenpo.commands.loading import load_model
 
 def measure(config: TrainConfig, trainer: Any, pairs: list[dict[str, Any]], reference: Any) -> dict[str, Any]:
     """Sample for held-out prompts; mean KL to the reference, entropy, and the true reward where it is known."""
+    from tokenpo.data.control_tokens import GOOD, controlled_prompt
     from tokenpo.evaluation import bootstrap_interval, sample
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    prompts = [pairs[i % len(pairs)]["prompt"] for i in range(config.samples)]
+    asked = [pairs[i % len(pairs)]["prompt"] for i in range(config.samples)]
+    controlled = trainer.loss.kind == "controlled_pairs"
+    prompts = [controlled_prompt(p, GOOD, config.control_tokens) for p in asked] if controlled else asked
     score = None if reference is None else functools.partial(reference.score, model)
     found = sample(
         model,
@@ -28,10 +31,11 @@ def measure(config: TrainConfig, trainer: Any, pairs: list[dict[str, Any]], refe
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
     )
+    shown = [p if isinstance(p, str) else rendered for p, rendered in zip(asked, found.prompts, strict=True)]
     result: dict[str, Any] = {
         "entropy": _mean(found.entropy),
         "length": _mean([float(len(ids)) for ids in found.token_ids]),
-        "texts": [{"prompt": p, "text": t} for p, t in zip(found.prompts, found.texts, strict=True)],
+        "texts": [{"prompt": p, "text": t} for p, t in zip(shown, found.texts, strict=True)],
     }
     if found.kl is not None:
         result["kl"], result["kl_interval"] = _mean(found.kl), bootstrap_interval(found.kl)
@@ -66,7 +70,8 @@ def after(config: TrainConfig, trainer: Any, pairs: list[dict[str, Any]]) -> dic
     if not config.samples:
         return None
     reference = trainer.reference
-    if reference is None:
+    # The start knows no control tokens, so no KL of controlled text to it exists.
+    if reference is None and trainer.loss.kind != "controlled_pairs":
         model = trainer.accelerator.unwrap_model(trainer.model)
         load = functools.partial(load_model, dtype=config.dtype)
         mode = "adapter-off" if config.lora is not None else f"model:{config.model}"

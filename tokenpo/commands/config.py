@@ -30,6 +30,10 @@ class TrainConfig:
     """auto, none, copy, adapter-off, adapter:NAME or model:FOLDER. auto: adapter-off under LoRA, else a frozen copy."""
     credit: dict[str, Any] = field(default_factory=dict)
     """Token rewards for a loss that needs them: {name: implicit, model: FOLDER, beta: 0.1}; no model: trained first."""
+    teachers: dict[str, Any] = field(default_factory=dict)
+    """Models for aligndistil to distil: {dpo: FOLDER, reverse: FOLDER}; one left out is trained first."""
+    control_tokens: int = 8
+    """For meet: how many tokens each of its controls, good and bad, puts before the prompt."""
     lora: int | None = None
     """Rank of a LoRA adapter on all linear layers; left out: all weights are trained."""
     lora_options: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +85,7 @@ def preset(loss: str) -> dict[str, Any]:
         "max_new_tokens": 64,
         "samples": 256,
         "trainer": {"lr_scheduler_type": "cosine", "warmup_steps": 20, "adam_beta2": 0.98},
+        **EMBEDDED_SETTINGS.get(loss, {}),
     }
 
 
@@ -91,4 +96,22 @@ EMBEDDED_LOSS: dict[str, dict[str, Any]] = {
     "tgdpo": {"beta": 1.5},
     "ipo": {"beta": 1.0},
     "simpo": {"beta": 10.0, "gamma": 1.0},
+    "sparsepo": {"beta": 1.0},
+    "sparsepo_common": {"beta": 1.0},
+    "ra_dpo1": {"beta": 0.4},
+    "ra_dpo2": {"beta": 0.4},
+    "orpo": {"beta": 8.0},
+    "kto": {"beta": 1.5},
+    "apo_zero_unpaired": {"beta": 1.5},
+    "mapl_intra": {"beta": 0.5},
+    "aligndistil": {"beta": 1.5, "r": 2.0, "floor": 0.1},
+    "aligndistil_constant": {"beta": 1.5, "kl_coef": 1.5},
+    "aligndistil_theorem1": {"beta": 1.5, "kl_coef": 0.75},
 }
+UNPAIRED: dict[str, Any] = {"learning_rate": 3e-4}
+EMBEDDED_SETTINGS: dict[str, dict[str, Any]] = {
+    "mapl_intra": {"max_length": 192},
+    "kto": UNPAIRED,
+    "apo_zero_unpaired": UNPAIRED,
+}
+"""Where a loss wants other settings: MAPL's prompts are long; without pairs no drift cancels, so steps are smaller."""

@@ -1,19 +1,32 @@
 """Per-token columns for losses that need them: from the data, or from a credit source named in the configuration.
 
 A source that reads models runs once over the pairs before training and its values travel as columns; the models it
-needs are those named, or are trained first, in folders of the run.
+needs are those named, or are trained first, in folders of the run. A source of `tokenpo.commands.live` is asked by
+the trainer at every step instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenpo import methods
-from tokenpo.commands.config import TrainConfig, preset
+from tokenpo.commands import first as before
+from tokenpo.commands import scorers
+from tokenpo.commands.config import TrainConfig
+from tokenpo.commands.live import LIVE, check_live, fields_for, make_live
 from tokenpo.commands.loading import load_model, model_folder, prepare_threads
+from tokenpo.credit import (
+    last_token_rewards,
+    red_full_rewards,
+    red_rewards,
+    red_zero_rewards,
+    uniform_rewards,
+    value_differences,
+)
 from tokenpo.errors import InputError
 
 Columns = tuple[list[list[float]], list[list[float]]]
@@ -34,12 +47,13 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A credit source of the command line: the field it gives, the models it may be given, what computes it."""
+    """A credit source: the field it gives, the models it may be given (or must be: `required`), what computes it."""
 
     field: str
     models: tuple[str, ...]
     hyperparameters: dict[str, Any]
     compute: Callable[[Job], Columns]
+    required: tuple[str, ...] = ()
 
 
 def check_credit(config: TrainConfig, loss: methods.Method) -> None:
@@ -47,12 +61,17 @@ def check_credit(config: TrainConfig, loss: methods.Method) -> None:
     if not config.credit:
         return
     name, source = _source(config, loss)
+    if name in LIVE:
+        return check_live(name, config, loss)
     if source is None:
         raise InputError(
             f"loss '{loss.name}' reads no token rewards or weights: take credit away, or a loss like tgdpo"
         )
     if source.field not in loss.needs:
         raise InputError(f"credit '{name}' gives {source.field}, which loss '{loss.name}' does not read")
+    for key in source.required:
+        if config.credit.get(key) is None:
+            raise InputError(f"credit '{name}' reads a reward model: give credit.{key}=FOLDER")
     known = {*source.models, *source.hyperparameters}
     for key, value in config.credit.items():
         if key == "name":
@@ -100,9 +119,21 @@ def _source(config: TrainConfig, loss: methods.Method) -> tuple[str, Source | No
     if name is None:
         usual = next((source for prefix, source in USUAL.items() if loss.name.startswith(prefix)), None)
         return str(usual), SOURCES.get(str(usual))
-    if name not in SOURCES:
-        raise InputError(f"the command line has no credit source '{name}'{methods.nearest(str(name), SOURCES)}")
-    return str(name), SOURCES[str(name)]
+    known = {**SOURCES, **LIVE}
+    if name not in known:
+        raise InputError(f"the command line has no credit source '{name}'{methods.nearest(str(name), known)}")
+    return str(name), SOURCES.get(str(name))
+
+
+def live_credit(config: TrainConfig, loss: methods.Method, model: Any, rows: Any) -> Any:
+    """The credit that the trainer asks at every step, or None: not named, or its fields are columns of the rows."""
+    name = _source(config, loss)[0]
+    if name not in LIVE:
+        return None
+    columns = [f"chosen_{field}" for field in fields_for(LIVE[name], loss)]
+    if not config.credit and all(column in rows.column_names for column in columns):
+        return None
+    return make_live(name, config, loss, model)
 
 
 def implicit(job: Job) -> Columns:
@@ -111,7 +142,7 @@ def implicit(job: Job) -> Columns:
 
     from tokenpo.credit import implicit_rewards
 
-    guide = job.options.get("model") or train_first(job, "guide", _dpo(job.config))
+    guide = job.options.get("model") or train_first(job, "guide", before.dpo(job.config))
     ours, refs = token_logps(job, str(guide)), token_logps(job, job.config.model)
 
     def rewards(a: list[float], b: list[float]) -> list[float]:
@@ -202,6 +233,11 @@ def contrastive_scores(job: Job) -> Columns:
     return chosen, rejected
 
 
+def _scored(scorer: Callable[..., Any], *leading: Callable[..., Any]) -> Callable[[Job], Columns]:
+    """A scorer of `tokenpo.commands.scorers` as what computes a source."""
+    return functools.partial(scorers.compute, scorer=functools.partial(scorer, *leading))
+
+
 SOURCES: dict[str, Source] = {
     "implicit": Source("token_rewards", ("model",), {"beta": None}, implicit),
     "contrastive_prompt": Source(
@@ -209,24 +245,39 @@ SOURCES: dict[str, Source] = {
     ),
     "modified_tokens": Source("token_weights", (), {"ignore": ()}, modified_tokens),
     "contrastive_scores": Source("token_weights", ("positive", "negative"), {"contrast": 1.0}, contrastive_scores),
+    "last_token": Source("token_rewards", (), {}, _scored(scorers.from_reward, last_token_rewards)),
+    "uniform": Source("token_rewards", (), {}, _scored(scorers.from_reward, uniform_rewards)),
+    "abc": Source("token_rewards", ("model",), {"beta": 0.8}, _scored(scorers.abc)),
+    "minimal_edits": Source(
+        "token_rewards", (), {"edited": 1, "original": -1, "unchanged": 0}, _scored(scorers.minimal_edits)
+    ),
+    "span_severity": Source(
+        "token_rewards", (), {"minor": -1, "major": -5, "critical": -10, "correct": 0}, _scored(scorers.span_severity)
+    ),
+    **{
+        name: Source("token_rewards", ("model",), settings, _scored(scorers.from_prefix_values, function), ("model",))
+        for name, function, settings in (
+            ("red", red_rewards, {"beta_c": 1.0}),
+            ("red_full", red_full_rewards, {"beta_c": 1.0}),
+            ("red_zero", red_zero_rewards, {"beta_c": 1.0}),
+            ("value_differences", value_differences, {}),
+        )
+    },
 }
 USUAL = {
     "tgdpo": "implicit",
     "t_reg": "contrastive_prompt",
     "bmc": "modified_tokens",
     "critical_dpo": "contrastive_scores",
+    "sparsepo": "mask_network",
+    "ra_dpo": "cvar",
 }
+"""Beginning of a loss's name -> the source it was published with, of SOURCES or of LIVE."""
 
 
 def train_first(job: Job, name: str, changes: dict[str, Any]) -> Path:
-    """A run of its own on the same pairs, in the folder `name` of the run; one that is finished is used as it is."""
-    from tokenpo.commands.train import train
-
-    folder = job.run / name
-    if not (folder / "summary.json").exists():
-        print(f"no model given for '{name}': training one with {changes['loss']['name']} in {folder}", flush=True)
-        train(dataclasses.replace(job.config, **{"credit": {}, "output": str(folder), "samples": 0, **changes}))
-    return folder / "model"
+    """A model trained on the same pairs, in the folder `name` of the run."""
+    return before.train_first(job.config, job.run, name, changes)
 
 
 def token_logps(job: Job, name: str) -> list[tuple[list[float], list[float]]]:
@@ -267,12 +318,6 @@ def _model(name: str, config: TrainConfig) -> Any:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     prepare_threads(model)
     return model
-
-
-def _dpo(config: TrainConfig) -> dict[str, Any]:
-    if config.model == "embedded":
-        return {"loss": preset("dpo")["loss"]}
-    return {"loss": {"name": "dpo", "beta": config.loss.get("beta", 0.1)}}
 
 
 def _each_pair(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tokenpo.commands.loading import load_model, load_tokenizer, prepare_threads
+from tokenpo.commands.loading import load_model, load_tokenizer, model_folder, prepare_threads
+from tokenpo.data.control_tokens import CONTROLS, GOOD, control_length, controlled_prompt
 from tokenpo.errors import InputError
 
 
 @dataclass
 class GenerateConfig:
-    """Sample responses from a model, to the terminal or to JSONL."""
+    """Responses of a model, sampled or by beam search, to the terminal or to JSONL."""
 
     model: str = "embedded"
     """Folder of the model, a hub name, or 'embedded'."""
@@ -28,6 +30,14 @@ class GenerateConfig:
     """Length limit of a response."""
     temperature: float = 1.0
     """0 is greedy."""
+    beam: int | None = None
+    """Beams of a search for the likeliest response; for a DPO policy that is search by its soft Q-function: try 5."""
+    reference: str | None = None
+    """With --beam, the model that the policy was trained against: adds the implicit reward of every response."""
+    beta: float = 0.1
+    """With --beam, the beta that the policy was trained with: it scales scores and rewards."""
+    control: str | None = None
+    """good or bad, for a model trained with meet: which control stands before the prompt; left out: good."""
     seed: int = 0
     """Of the sampling."""
     dtype: str = "auto"
@@ -39,35 +49,85 @@ class GenerateConfig:
 
 
 def generate(config: GenerateConfig) -> None:
-    from tokenpo import evaluation
-
-    if config.n < 1 or config.max_new_tokens < 1 or config.temperature < 0:
-        raise InputError("n and max_new_tokens must be at least 1, temperature at least 0")
-    if config.output and Path(config.output).exists():
-        raise InputError(f"{config.output} exists: choose another output, or remove it")
+    check(config)
     prompts = read_prompts(config)
     tokenizer = load_tokenizer(config.model)
     if config.chat and not tokenizer.chat_template:
         raise InputError(f"the tokenizer of {config.model} has no chat template: leave --chat out")
+    asked = [p for p in prompts for _ in range(config.n)]
+    rendered = _controlled([[{"role": "user", "content": p}] if config.chat else p for p in asked], tokenizer, config)
     model = load_model(config.model, config.dtype).eval()
     prepare_threads(model)
-    asked = [p for p in prompts for _ in range(config.n)]
-    rendered = [[{"role": "user", "content": p}] if config.chat else p for p in asked]
-    ids = evaluation.generate(
-        model, tokenizer, rendered, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        seed=config.seed, batch_size=config.batch_size,
-    )  # fmt: skip
-    rows = [
-        {"prompt": p, "response": tokenizer.decode(r, skip_special_tokens=True)}
-        for p, r in zip(asked, ids, strict=True)
-    ]
+    found = (
+        sampled(config, model, tokenizer, rendered)
+        if config.beam is None
+        else searched(config, model, tokenizer, rendered)
+    )
+    rows = [{"prompt": p, **answer} for p, answer in zip(asked, found, strict=True)]
     if config.output:
         Path(config.output).write_text(
             "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
         )
         return
     for row in rows:
-        print(f"> {row['prompt'].strip()}\n{row['response'].strip()}\n")
+        numbers = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float))
+        print(f"> {row['prompt'].strip()}\n{row['response'].strip()}\n" + (f"({numbers})\n" if numbers else ""))
+
+
+def check(config: GenerateConfig) -> None:
+    """Refuse settings that cannot be, before anything loads."""
+    if config.n < 1 or config.max_new_tokens < 1 or config.temperature < 0:
+        raise InputError("n and max_new_tokens must be at least 1, temperature at least 0")
+    if config.output and Path(config.output).exists():
+        raise InputError(f"{config.output} exists: choose another output, or remove it")
+    if config.beam is None and config.reference is not None:
+        raise InputError("reference goes with a search: give --beam, or take --reference away")
+    if config.beam is not None and (config.beam < 1 or config.n != 1 or not 0 < config.beta < float("inf")):
+        raise InputError("a search needs beam of at least 1, a positive beta, and n=1: it has one best response")
+    if config.control is not None and config.control not in CONTROLS:
+        raise InputError(f"control must be good or bad, got '{config.control}'")
+    if config.reference is not None:
+        model_folder(config.reference)
+
+
+def sampled(config: GenerateConfig, model: Any, tokenizer: Any, prompts: list[Any]) -> list[dict[str, Any]]:
+    from tokenpo import evaluation
+
+    ids = evaluation.generate(
+        model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+        seed=config.seed, batch_size=config.batch_size,
+    )  # fmt: skip
+    return [{"response": tokenizer.decode(r, skip_special_tokens=True)} for r in ids]
+
+
+def searched(config: GenerateConfig, model: Any, tokenizer: Any, prompts: list[Any]) -> list[dict[str, Any]]:
+    """The best response of a beam search, its score, and against a reference its implicit reward."""
+    from tokenpo.evaluation import beam_search, sequence_rewards
+
+    reference = None if config.reference is None else load_model(config.reference, config.dtype).eval()
+    rows = []
+    for prompt in prompts:
+        best = beam_search(
+            model, tokenizer, prompt, beam=config.beam or 1, max_new_tokens=config.max_new_tokens, beta=config.beta
+        )
+        row: dict[str, Any] = {"response": tokenizer.decode(best.token_ids, skip_special_tokens=True)}
+        row["score"] = best.score
+        if reference is not None:
+            row["implicit_reward"] = sequence_rewards(
+                model, reference, tokenizer, [prompt], [best.token_ids], beta=config.beta
+            )[0]
+        rows.append(row)
+    return rows
+
+
+def _controlled(prompts: list[Any], tokenizer: Any, config: GenerateConfig) -> list[Any]:
+    """The prompts behind a control, if the model knows controls: it was trained with one before every prompt."""
+    length = control_length(tokenizer)
+    if not length:
+        if config.control is not None:
+            raise InputError(f"{config.model} knows no control tokens: take control away, or train it with meet")
+        return prompts
+    return [controlled_prompt(p, config.control or GOOD, length) for p in prompts]
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:

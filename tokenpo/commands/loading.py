@@ -52,7 +52,7 @@ def load_model(name: str, dtype: str = "auto") -> Any:
     except (OSError, ValueError, RuntimeError) as reason:
         if isinstance(reason, InputError):
             raise
-        raise InputError(f"cannot load a model from {folder}: {_first_line(reason)}") from reason
+        raise InputError(f"cannot load a model from {folder}: {first_line(reason)}") from reason
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise InputError(
@@ -69,7 +69,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as reason:
-        raise InputError(f"cannot load a tokenizer from {folder}: {_first_line(reason)}") from reason
+        raise InputError(f"cannot load a tokenizer from {folder}: {first_line(reason)}") from reason
 
 
 def prepare_threads(model: Any) -> None:
@@ -80,5 +80,5 @@ def prepare_threads(model: Any) -> None:
         torch.set_num_threads(1)
 
 
-def _first_line(reason: BaseException) -> str:
+def first_line(reason: BaseException) -> str:
     return (str(reason).strip() or type(reason).__name__).split("\n")[0].rstrip(".")

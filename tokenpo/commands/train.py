@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import resource
 import time
@@ -13,8 +14,10 @@ from typing import Any
 from tokenpo import __version__, methods
 from tokenpo.commands import compare
 from tokenpo.commands.config import TrainConfig
-from tokenpo.commands.credit import attach_credit, check_credit
+from tokenpo.commands.credit import attach_credit, check_credit, live_credit
+from tokenpo.commands.first import check_teachers, load_teachers
 from tokenpo.commands.loading import DTYPES, load_model, load_tokenizer, model_folder, prepare_threads
+from tokenpo.commands.rows import load_rows
 from tokenpo.errors import InputError
 
 UNCOMPARED = ("output", "resume")
@@ -33,9 +36,9 @@ def check(config: TrainConfig) -> methods.Method:
     name = arguments.pop("name", None)
     if name is None:
         raise InputError("the configuration's loss has no name: loss: {name: tdpo2}")
-    loss = methods.get(str(name), kind="pairwise")
-    methods.configure(loss.name, kind="pairwise", **arguments)
-    for field in ("batch_size", "accumulate", "max_length", "log_every", "max_new_tokens"):
+    loss = trainable(str(name))
+    methods.configure(loss.name, **arguments)
+    for field in ("batch_size", "accumulate", "max_length", "log_every", "max_new_tokens", "control_tokens"):
         if getattr(config, field) < 1:
             raise InputError(f"{field} must be at least 1, got {getattr(config, field)}")
     if config.epochs <= 0 and config.max_steps < 1:
@@ -46,10 +49,25 @@ def check(config: TrainConfig) -> methods.Method:
         raise InputError(f"lora is the adapter's rank: at least 1, got {config.lora}")
     if config.dtype not in DTYPES:
         raise InputError(f"dtype '{config.dtype}' is unknown: choose one of {', '.join(DTYPES)}")
+    if config.lora is not None and loss.kind == "controlled_pairs":
+        raise InputError(f"loss '{loss.name}' learns embeddings of new tokens, which an adapter lacks: leave lora out")
     check_credit(config, loss)
+    check_teachers(config, loss)
     model_folder(config.model)
     _training_arguments(config, Path("unused"), n_rows=1)
     return loss
+
+
+def trainable(name: str) -> methods.Method:
+    """The loss called `name`, of a kind that trains; an unknown name says which names are near."""
+    from tokenpo.training import ENGINES
+
+    known = {n: m for n, m in methods.all_methods().items() if m.kind in ENGINES}
+    if name in known:
+        return known[name]
+    if name in methods.all_methods():
+        raise InputError(f"'{name}' is a method of kind {methods.get(name).kind}, not a loss to train with")
+    raise InputError(f"unknown loss '{name}'{methods.nearest(name, known)}")
 
 
 def open_run(config: TrainConfig, loss: str) -> Path:
@@ -74,7 +92,7 @@ def open_run(config: TrainConfig, loss: str) -> Path:
             )
         if not config.resume:
             raise InputError(f"{run} holds an unfinished run: give another output, remove it, or let resume be true")
-    else:
+    elif os.environ.get("RANK", "0") == "0":  # one process of several writes
         if run.exists() and any(run.iterdir()):
             raise InputError(f"{run} is not empty and holds no run of tokenpo: choose another output")
         run.mkdir(parents=True, exist_ok=True)
@@ -86,15 +104,21 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     """Load, train, compare before with after, write."""
     import transformers
 
+    from tokenpo.data.control_tokens import add_control_tokens
     from tokenpo.training import PreferenceTrainer, ProgressLine, StepClock, last_checkpoint
 
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
-    splits = load_rows(config, tokenizer)
+    if loss.kind == "controlled_pairs":
+        add_control_tokens(tokenizer, config.control_tokens)
+    splits = load_rows(config, tokenizer, loss)
     test_pairs = list(splits[1][0])
     train_rows, test_rows = attach_credit(config, run, loss, tokenizer, splits)
     model = load_policy(config)
+    if loss.kind == "controlled_pairs":
+        model.resize_token_embeddings(len(tokenizer))
+    teachers = load_teachers(config, run, loss, model)
     prepare_threads(model)
     arguments = {k: v for k, v in config.loss.items() if k != "name"}
     clock = StepClock()
@@ -108,6 +132,8 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
         loss_args=arguments,
         reference=config.reference,
         load_reference=lambda folder: load_model(folder, config.dtype),
+        credit=live_credit(config, loss, model, train_rows),
+        teachers=teachers,
         callbacks=[ProgressLine(), clock],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -133,7 +159,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "resumed": checkpoint is not None,
         "held_out": {k.removeprefix("eval_"): v for k, v in evaluation.items() if k.startswith("eval_")},
-        "bayes_rate": compare.bayes_rate(config, test_pairs),
+        "bayes_rate": None if loss.kind == "prompt_pairs" else compare.bayes_rate(config, test_pairs),
         "before": before,
         "after": after,
         "versions": versions(),
@@ -144,38 +170,6 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
         _write_json(run / "summary.json", summary)
         _say(f"written: {run}/ (model/, summary.json, metrics.jsonl, curves.png, samples.jsonl)")
     return run
-
-
-def load_rows(config: TrainConfig, tokenizer: Any) -> list[tuple[Any, Any]]:
-    """(pairs as written, rows tokenised) of the training and of the held-out split."""
-    import torch
-
-    from tokenpo.data import load_preferences, tokenize_preferences
-
-    def load(source: Any, name: str) -> tuple[Any, Any]:
-        pairs = load_preferences(source, columns=config.columns or None, split=name)
-        if config.swap:
-            pairs = pairs.rename_columns({"chosen": "rejected", "rejected": "chosen"})
-        limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
-        file = source if isinstance(source, str) else None
-        return pairs, tokenize_preferences(pairs, tokenizer, **limits, file=file)
-
-    if config.train == "embedded":
-        from tokenpo.data.reviews import embedded_pairs
-
-        pairs, rows = load(embedded_pairs("train"), "train")
-        held_out_source: Any = embedded_pairs("test") if config.test is None else config.test
-    else:
-        pairs, rows = load(config.train, "train")
-        held_out_source = config.test
-    if held_out_source is not None:
-        return [(pairs, rows), load(held_out_source, "test")]
-    if len(rows) < 2:
-        raise InputError(f"{config.train} has {len(rows)} pair: at least 2 are needed to hold one out")
-    held_out = max(1, min(500, len(rows) // 20))
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    parts = (order[held_out:], order[:held_out])
-    return [(pairs.select(part), rows.select(part)) for part in parts]
 
 
 def load_policy(config: TrainConfig) -> Any:
@@ -212,7 +206,6 @@ def save_model(trainer: Any, folder: Path) -> None:
 def _training_arguments(config: TrainConfig, run: Path, n_rows: int) -> Any:
     """transformers' arguments from ours; a field of `trainer` that it does not know is named."""
     import math
-    import os
 
     import torch
     from transformers import TrainingArguments

@@ -165,7 +165,7 @@ def mapo_weights(activations: Mapping[str, Sequence[Tensor]], mask: Tensor) -> T
     whose q are all equal, as with one token, gets weight 1, where the authors' code is 0/0 and loses the batch. The
     minimum and maximum see the whole row. The authors round to float16 on the way, up to 4e-4 of difference.
     """
-    return _mean_over_types(activations, mask, _rescaled)
+    return mean_over_types(activations, mask, rescaled)
 
 
 @method(
@@ -174,19 +174,21 @@ def mapo_weights(activations: Mapping[str, Sequence[Tensor]], mask: Tensor) -> T
 )  # fmt: skip
 def mapo_sigmoid_weights(activations: Mapping[str, Sequence[Tensor]], mask: Tensor) -> Tensor:
     """MaPO with the mean over D of sigmoid(a) in the place of the row's rescaling; the rest as in `mapo_weights`."""
-    return _mean_over_types(activations, mask, lambda a, mask: masked.select(a.sigmoid().mean(-1), mask))
+    return mean_over_types(activations, mask, lambda a, mask: masked.select(a.sigmoid().mean(-1), mask))
 
 
-def _rescaled(activation: Tensor, mask: Tensor) -> Tensor:
-    rescaled = masked.min_max(activation.mean(-1), mask)
-    flat = rescaled.amax(-1, keepdim=True) == 0
-    return torch.where(flat & mask, 1.0, rescaled)
+def rescaled(activation: Tensor, mask: Tensor) -> Tensor:
+    """(B, T) of one activation (B, T, D) as in `mapo_weights`: its mean over D, from 0 to 1 along the row."""
+    along = masked.min_max(activation.mean(-1), mask)
+    flat = along.amax(-1, keepdim=True) == 0
+    return torch.where(flat & mask, 1.0, along)
 
 
 @torch.no_grad()
-def _mean_over_types(
+def mean_over_types(
     activations: Mapping[str, Sequence[Tensor]], mask: Tensor, weigh: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
+    """(B, T) mean of `weigh(activation, mask)` over the activations of a type, then over types."""
     types = []
     for name, tensors in activations.items():
         for a in tensors:

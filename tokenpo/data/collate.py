@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class PreferenceCollator:
     """P rows of `tokenize_pair` -> tensors of 2P rows: rows 0..P-1 chosen, P..2P-1 rejected, in the same order.
 
+    Rows with `chosen_prompt_ids` and `rejected_prompt_ids` (`tokenize_two_prompts`) have a prompt a side.
     A row is prompt tokens, response tokens, padding; response token t of row b stands at column
     `prompt_lengths[b] + t`. Everything is known from positions and lengths: `pad_token_id` may be the EOS.
 
@@ -47,7 +48,7 @@ class PreferenceCollator:
             raise InputError("PreferenceCollator got no rows")
         for index, row in enumerate(rows):
             _check_ids(row, index)
-        prompts = [list(row["prompt_ids"]) for row in rows] * 2
+        prompts = [list(row[_prompt_column(row, side)]) for side in SIDES for row in rows]
         responses = [list(row[f"{side}_ids"]) for side in SIDES for row in rows]
         lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
         multiple = self.pad_to_multiple_of or 1
@@ -72,11 +73,16 @@ class PreferenceCollator:
 
 
 def _check_ids(row: Mapping[str, Any], index: int) -> None:
-    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+    for column in dict.fromkeys((*(_prompt_column(row, side) for side in SIDES), "chosen_ids", "rejected_ids")):
         if row.get(column) is None:
             raise InputError(f"row {index} of the batch has no '{column}': tokenise with tokenize_preferences")
         if len(row[column]) == 0:
             raise InputError(f"row {index} of the batch: '{column}' is empty, it needs at least one token")
+
+
+def _prompt_column(row: Mapping[str, Any], side: str) -> str:
+    own = any(row.get(f"{s}_prompt_ids") is not None for s in SIDES)
+    return f"{side}_prompt_ids" if own else "prompt_ids"
 
 
 def _token_values(rows: Sequence[Mapping[str, Any]], name: str) -> list[list[float]]:

@@ -6,6 +6,8 @@ Two phases, both with the plain likelihood of the response given prompt and cont
    `token_indices` the ids from `add_control_tokens`), the good ones on good responses, the bad ones on bad;
 2. the whole model learns too.
 
+`tokenpo train loss.name=meet` is phase 2 from the start, with fresh embeddings of the controls.
+
 At inference the good control stands before the prompt (`controlled_prompt`). The paper's controls are soft prompts or
 LoRA adapters; tokens of their own are the soft prompt, in a form that every tokenizer, cache and engine can carry.
 """
@@ -41,6 +43,14 @@ def add_control_tokens(tokenizer: Any, length: int = 8) -> dict[str, list[int]]:
     names = {control: control_tokens(control, length) for control in CONTROLS}
     tokenizer.add_tokens([token for tokens in names.values() for token in tokens], special_tokens=True)
     return {control: tokenizer.convert_tokens_to_ids(tokens) for control, tokens in names.items()}
+
+
+def control_length(tokenizer: Any) -> int:
+    """How many tokens each control of the tokenizer has; 0 if it has none."""
+    known, length = tokenizer.get_vocab(), 0
+    while all(control_tokens(control, length + 1)[-1] in known for control in CONTROLS):
+        length += 1
+    return length
 
 
 def controlled_prompt(prompt: Prompt, control: str, length: int = 8) -> Prompt:

@@ -98,7 +98,8 @@ def prompt_pairs(
 
     `rows`: `prompt`, `chosen`, `rejected` (strings, or conversations with one assistant message a side). A row of
     the result: `better_prompt`, `worse_prompt` (the prompt with instructions appended to its last user message),
-    `response`, `of_rejected` (False: it was the chosen one). Between 1 and `max_instructions` families of
+    `response`, `of_rejected` (False: it was the chosen one), `source` (the number of the preference pair). White space
+    at a prompt's end stays at its end. Between 1 and `max_instructions` families of
     instructions are drawn, the same for both prompts, and one of two constructions, each half of the time:
 
     the response follows all of the better prompt's instructions and breaks at least one of the worse one's; or it
@@ -111,7 +112,7 @@ def prompt_pairs(
     if max_instructions < 1 or not makers:
         raise InputError("prompt_pairs needs max_instructions of at least 1 and at least one maker")
     rng, found = random.Random(seed), []
-    for row in rows:
+    for source, row in enumerate(rows):
         for side in ("chosen", "rejected"):
             pair = _instruction_sets(_text(row[side], side), makers, max_instructions, rng)
             if pair is None:
@@ -120,7 +121,7 @@ def prompt_pairs(
             better, worse = (_edit(row["prompt"], functools.partial(_append, end)) for end in added)
             found.append({
                 "better_prompt": better, "worse_prompt": worse,
-                "response": row[side], "of_rejected": side == "rejected",
+                "response": row[side], "of_rejected": side == "rejected", "source": source,
             })  # fmt: skip
     if not found:
         raise InputError("no response could be given instructions that it follows and others that it breaks")
@@ -225,7 +226,8 @@ def _edit(prompt: Prompt, edit: Callable[[str], str]) -> Prompt:
 
 
 def _append(end: str, text: str) -> str:
-    return text + end
+    body = text.rstrip()
+    return body + end + text[len(body) :]
 
 
 def _fill(template: str, response: str, instruction: str) -> str:

@@ -27,7 +27,7 @@ from tokenpo.losses.ra_dpo import (
     released_split_risk,
     released_thresholded_stats,
 )
-from tokenpo.losses.sft import sft_loss
+from tokenpo.losses.sft import meet_loss, sft_loss
 from tokenpo.losses.simpo import simpo_loss
 from tokenpo.losses.sparsepo import sparsepo_common_loss, sparsepo_loss
 from tokenpo.losses.t_reg import t_reg_loss, t_reg_simpo_loss, t_reg_static_loss
@@ -66,6 +66,7 @@ __all__ = [
     "log_ratio",
     "logistic",
     "mapl_intra_loss",
+    "meet_loss",
     "mismatched_kl",
     "orpo_loss",
     "orpo_with_prompt_loss",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,17 @@ from tokenpo.statistics.head import LinearHead, output_module, product_dtype
 from tokenpo.statistics.linear import linear_token_stats
 from tokenpo.types import TokenStats
 
-__all__ = ["head_matches_model", "hidden_before_head", "response_stats", "scatter_rows"]
+__all__ = [
+    "ResponseStates",
+    "at_responses",
+    "head_matches_model",
+    "hidden_before_head",
+    "hidden_states",
+    "response_states",
+    "response_stats",
+    "scatter_rows",
+    "stats_of_states",
+]
 
 Batch = Mapping[str, Tensor]
 Reference = Callable[[Batch], tuple[Tensor, LinearHead]]
@@ -52,29 +63,73 @@ def response_stats(
     Raises InputError for rows that break the layout, unsupported heads, or wrong shapes; MissingInputError if
     "ref_kl", "policy_kl" or "ref_logps" is asked for without a reference.
     """
-    names = {"logps", *check_outputs(outputs, reference is not None)}
+    check_outputs(outputs, reference is not None)
+    return stats_of_states(response_states(model, batch, reference), batch, outputs, temperature=temperature)
+
+
+@dataclass(frozen=True, eq=False)
+class ResponseStates:
+    """What a forward leaves of the response tokens: everything that statistics over the vocabulary are made of.
+
+    `mask` (B, T) bool. For its N True positions, row by row: `tokens` (N,) ids, `hidden` (N, d) the policy's states
+    that predict them, with gradient, `ref_hidden` (N, d') the reference's, without; `head` and `ref_head` to match.
+    The two of the reference are None where there is none.
+    """
+
+    mask: Tensor
+    tokens: Tensor
+    hidden: Tensor
+    head: LinearHead
+    ref_hidden: Tensor | None = None
+    ref_head: LinearHead | None = None
+
+
+def response_states(model: nn.Module, batch: Batch, reference: Reference | None = None) -> ResponseStates:
+    """One forward of `model`, after one of the reference; arguments and errors as in `response_stats`."""
     places = _places(batch)
     ref_rows = ref_head = None
     if reference is not None:
-        names.add("ref_logps")
         with torch.no_grad():
             ref_hidden, ref_head = reference(batch)
             ref_rows = _take(ref_hidden, places, "the reference's")
         # older versions of torch would reuse casts made under no_grad and so cut the model's gradient
         torch.clear_autocast_cache()
     rows = _take(hidden_before_head(model, batch), places, "the model's")
+    tokens = batch["input_ids"].flatten()[places.before + 1]
+    return ResponseStates(places.mask, tokens, rows, LinearHead.of(model), ref_rows, ref_head)
+
+
+def stats_of_states(
+    states: ResponseStates, batch: Batch, outputs: Sequence[str] = ("logps",), *, temperature: float = 1.0
+) -> TokenStats:
+    """The statistics of `response_stats` from what a forward left, and the token columns of the batch."""
+    names = {"logps", *check_outputs(outputs, states.ref_hidden is not None)}
+    if states.ref_hidden is not None:
+        names.add("ref_logps")
     values = linear_token_stats(
-        rows,
-        LinearHead.of(model),
-        batch["input_ids"].flatten()[places.before + 1],
+        states.hidden,
+        states.head,
+        states.tokens,
         outputs=tuple(names),
-        ref_hidden=ref_rows,
-        ref_head=ref_head,
+        ref_hidden=states.ref_hidden,
+        ref_head=states.ref_head,
         temperature=temperature,
     )
-    columns = {name: scatter_rows(value, places.mask) for name, value in values.items()}
+    columns = {name: scatter_rows(value, states.mask) for name, value in values.items()}
     columns |= {name: batch[name] for name in CARRIED if name in batch}
-    return TokenStats(mask=places.mask, **columns)
+    return TokenStats(mask=states.mask, **columns)
+
+
+def at_responses(values: Tensor, batch: Batch) -> Tensor:
+    """(B, T, ...) of `values` (B, L, ...): entry t is what stands at the position that predicts response token t.
+
+    Zero past the end of a response. `batch` as in `response_stats`.
+    """
+    places = _places(batch)
+    rows = _take(values.flatten(2) if values.dim() > 2 else values.unsqueeze(-1), places, "these")
+    found = rows.new_zeros(*places.mask.shape, rows.shape[-1])
+    found[places.mask] = rows
+    return found.reshape(*places.mask.shape, *values.shape[2:])
 
 
 def hidden_before_head(model: nn.Module, batch: Batch) -> Tensor:
@@ -85,6 +140,23 @@ def hidden_before_head(model: nn.Module, batch: Batch) -> Tensor:
 
     Raises InputError if the model has no head, calls it more than once, or adds positions of its own.
     """
+    return _without_head(model, batch)[0]
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+    """The hidden states after each layer, (B, L, d) each, without the embedding output and without logits.
+
+    As transformers reports them: the last one is taken after the final norm. Errors as in `hidden_before_head`, and
+    InputError for a model that reports none.
+    """
+    reported = getattr(_without_head(model, batch, output_hidden_states=True)[1], "hidden_states", None)
+    if not reported:
+        raise InputError(f"{type(model).__name__} reports no hidden states: a mask over its layers needs them")
+    return tuple(reported[1:])
+
+
+def _without_head(model: nn.Module, batch: Batch, **options: Any) -> tuple[Tensor, Any]:
+    """What the head is given, and what the model returns, by one forward without the head's product."""
     module = output_module(model)
     caught: list[Tensor] = []
 
@@ -95,7 +167,9 @@ def hidden_before_head(model: nn.Module, batch: Batch) -> Tensor:
         return hidden[..., :1] + sum(anchors, start=hidden.new_zeros(()))
 
     with _forward_replaced(module, catch):
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        returned = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **options
+        )
     if len(caught) != 1:
         raise InputError(f"{type(model).__name__} called its output head {len(caught)} times in a forward, not once")
     if caught[0].shape[:2] != batch["input_ids"].shape:
@@ -103,7 +177,7 @@ def hidden_before_head(model: nn.Module, batch: Batch) -> Tensor:
             f"the hidden states before the head are {tuple(caught[0].shape)} but input_ids are "
             f"{tuple(batch['input_ids'].shape)}: models and adapters that add positions are not supported"
         )
-    return caught[0]
+    return caught[0], returned
 
 
 def head_matches_model(model: nn.Module, batch: Batch, *, rtol: float = 2e-2) -> float:

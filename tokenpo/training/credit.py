@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from tokenpo.reference import Reference
+from tokenpo.statistics import ResponseStates
 from tokenpo.types import TokenStats
 
 
@@ -17,10 +18,19 @@ class TokenCredit(Protocol):
     fields: tuple[str, ...]
     """The TokenStats fields it gives."""
     module: nn.Module | None
-    """What trains with the policy, or None."""
+    """What trains with the policy, or None (`tokenpo.training.companions`)."""
 
     def attach(
-        self, stats: TokenStats, policy: nn.Module, batch: Mapping[str, Tensor], reference: Reference | None
+        self,
+        stats: TokenStats,
+        states: ResponseStates,
+        policy: nn.Module,
+        batch: Mapping[str, Tensor],
+        reference: Reference | None,
     ) -> TokenStats:
-        """`stats` with its fields added, for all 2P rows of the batch."""
+        """`stats` with its fields added, for all 2P rows of the batch.
+
+        `states`: what the step's forward of the policy and of the reference left, so that statistics over the
+        vocabulary take no second one.
+        """
         ...

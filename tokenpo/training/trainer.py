@@ -23,9 +23,10 @@ from tokenpo import methods
 from tokenpo.data import PreferenceCollator
 from tokenpo.errors import InputError, TokenpoError
 from tokenpo.reference import Reference, disable_dropout, make_reference, start_difference
-from tokenpo.statistics import head_matches_model, response_stats
+from tokenpo.statistics import head_matches_model, response_states, stats_of_states
+from tokenpo.training.companions import CompanionMixin
 from tokenpo.training.credit import TokenCredit
-from tokenpo.training.engines import ENGINES
+from tokenpo.training.engines import ENGINES, teachers_of
 from tokenpo.training.sampling import EpochSampler, FilledRows
 from tokenpo.types import LossOutput, TokenStats
 
@@ -59,13 +60,15 @@ class ExactLossMixin:
         return share * self.accelerator.num_processes
 
 
-class PreferenceTrainer(ExactLossMixin, Trainer):
+class PreferenceTrainer(ExactLossMixin, CompanionMixin, Trainer):
     """Train `model` on tokenised preference pairs with a registered loss.
 
     `loss`: name of a registered loss of a kind in `tokenpo.training.ENGINES`; `loss_args`: its hyperparameters.
     `train_dataset`, `eval_dataset`: rows with prompt_ids, chosen_ids, rejected_ids and optional per-token columns
-    (`tokenpo.data.tokenize_preferences`). `reference`: a mode of `tokenpo.reference`, or a Reference. `credit`: token
-    values that follow the models at every step (`tokenpo.training.credit`); values fixed beforehand are columns.
+    (`tokenpo.data.tokenize_preferences`; for a prompt a side, `tokenpo.data.two_prompts`). `reference`: a mode of
+    `tokenpo.reference`, or a Reference. `teachers`: frozen models that a distillation loss reads, by name (`dpo`,
+    `reverse`). `credit`: token values that follow the models at every step (`tokenpo.training.credit`); values fixed
+    beforehand are columns.
     Everything else is as in transformers: accumulation, DDP, FSDP, DeepSpeed, PEFT, loggers, resume.
     Dropout is set to zero in the policy. Raises InputError before any work where loss, data and reference
     do not fit together.
@@ -84,6 +87,7 @@ class PreferenceTrainer(ExactLossMixin, Trainer):
         reference: str | Reference | None = "auto",
         load_reference: Callable[[str], nn.Module] | None = None,
         credit: TokenCredit | None = None,
+        teachers: Mapping[str, Reference] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.loss = methods.get(loss)
@@ -100,8 +104,12 @@ class PreferenceTrainer(ExactLossMixin, Trainer):
         disable_dropout(model)
         self.outputs = ("logps", *(n for n in ("entropy", "ref_kl", "policy_kl") if n in self.loss.needs))
         self.reads_reference = any(n in self.loss.needs for n in ("ref_logps", "ref_kl", "policy_kl"))
+        self.reads_reference |= "reference" in teachers_of(self.loss).values()
+        self.teachers = _require_teachers(self.loss, teachers or {})
         if isinstance(reference, str):
-            reference = make_reference(reference, model, needed=self.reads_reference, load=load_reference)
+            # Distillation measures the rewards that it logs against one.
+            needed = self.reads_reference or (bool(self.teachers) and reference != "none")
+            reference = make_reference(reference, model, needed=needed, load=load_reference)
         self.reference = reference
         if args.ddp_find_unused_parameters is None:
             # The head is used after the wrapped forward returns, which a search for unused parameters mistakes.
@@ -121,6 +129,7 @@ class PreferenceTrainer(ExactLossMixin, Trainer):
             callbacks=[*(callbacks or []), _EpochOrder()],
         )
         self.model_accepts_loss_kwargs = False
+        self.prepare_companion()
         self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
 
     # Data: the same order whatever the number of processes.
@@ -145,20 +154,24 @@ class PreferenceTrainer(ExactLossMixin, Trainer):
         real = ~batch["filler"]
         lengths = batch["response_lengths"].reshape(2, -1)[:, real].sum(-1)
         pairs = real.sum()
+        of_rejected = batch["of_rejected"][real].sum()
         return {
             "pairs": pairs,
             "rows": 2 * pairs,
             "tokens": lengths.sum(),
             "chosen_tokens": lengths[0],
             "rejected_tokens": lengths[1],
+            "pairs_of_rejected": of_rejected,
+            "pairs_of_chosen": pairs - of_rejected,
         }
 
     def pair_stats(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[TokenStats, TokenStats]:
         """Statistics of the chosen and of the rejected responses, fillers left out."""
         score = None if self.reference is None else functools.partial(self.reference.score, model)
-        stats = response_stats(model, batch, self.outputs, reference=score)
+        states = response_states(model, batch, score)
+        stats = stats_of_states(states, batch, self.outputs)
         if self.credit is not None:
-            stats = self.credit.attach(stats, model, batch, self.reference)
+            stats = self.credit.attach(stats, states, model, batch, self.reference)
         real = ~batch["filler"]
         pairs = len(real)
         return stats[:pairs][real], stats[pairs:][real]
@@ -297,7 +310,8 @@ class _EpochOrder(TrainerCallback):
 
 def _collate(collator: PreferenceCollator, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     batch = collator(rows)
-    batch["filler"] = torch.tensor([bool(row.get("filler", False)) for row in rows])
+    for mark in ("filler", "of_rejected"):
+        batch[mark] = torch.tensor([bool(row.get(mark, False)) for row in rows])
     return batch
 
 
@@ -305,6 +319,8 @@ def _require_columns(loss: methods.Method, rows: Sequence[dict[str, Any]], split
     """Every field that the loss needs and the statistics do not compute has to be a column of the rows."""
     if len(rows) == 0:
         raise InputError(f"the {split} split has no rows")
+    if loss.kind == "prompt_pairs" and "of_rejected" not in rows[0]:
+        raise InputError(f"loss '{loss.name}' needs one response under two prompts: make {split} rows with mapl_rows")
     for need in loss.needs:
         if need in FROM_STATISTICS or need in given:
             continue
@@ -314,6 +330,15 @@ def _require_columns(loss: methods.Method, rows: Sequence[dict[str, Any]], split
                     f"loss '{loss.name}' needs {need}: the {split} rows have no column '{side}_{need}', one number "
                     "per response token; name a credit source in the configuration or add the column"
                 )
+
+
+def _require_teachers(loss: methods.Method, teachers: Mapping[str, Reference]) -> dict[str, Reference]:
+    """The teachers that the loss reads, each of which has to be there, and no others."""
+    needed = [name for name in teachers_of(loss).values() if name != "reference"]
+    for name in needed:
+        if name not in teachers:
+            raise InputError(f"loss '{loss.name}' needs a teacher '{name}': pass teachers={{'{name}': ...}}")
+    return {name: teachers[name] for name in needed}
 
 
 def _repacks_in_eval(model: nn.Module) -> bool:
