@@ -53,6 +53,7 @@ def run(runs: Path, name: str, seed: int, steps: int) -> str | None:
     if (folder / "summary.json").exists():
         return None
     words = ["train", f"loss.name={name}", f"seed={seed}", f"max_steps={steps}", f"output={folder}"]
+    words += [f"eval_every={steps}", f"save_every={steps}"]
     done = subprocess.run(
         [sys.executable, "-m", "tokenpo", *words],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -206,3 +206,17 @@ def test_control_length(tokenizer):
     assert control_length(tokenizer) == 3
     tokenizer.add_tokens(["<|good_3|>"])
     assert control_length(tokenizer) == 3, "a token of both controls or of none"
+
+
+def test_controls_start_as_copies_of_older_tokens(model, tokenizer):
+    from tokenpo.data.control_tokens import grow_embeddings
+
+    tokenizer = copy.deepcopy(tokenizer)
+    before = model.get_input_embeddings().weight.detach().clone()
+    ids = add_control_tokens(tokenizer, 4)
+    torch.manual_seed(0)
+    grow_embeddings(model, tokenizer)
+    after = model.get_input_embeddings().weight
+    assert torch.equal(after[: len(before)], before) and len(after) == len(tokenizer) == len(before) + 8
+    copies = [(before == after[i]).all(-1).nonzero().flatten().tolist() for i in ids["good"] + ids["bad"]]
+    assert all(len(c) == 1 for c in copies) and len({c[0] for c in copies}) > 4

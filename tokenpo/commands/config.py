@@ -80,21 +80,24 @@ def preset(loss: str) -> dict[str, Any]:
         "loss": {"name": loss, **EMBEDDED_LOSS.get(loss, {})},
         "learning_rate": 1e-3,
         "batch_size": 32,
-        "max_steps": 400,
+        "max_steps": 256,
         "max_length": 96,
         "max_new_tokens": 64,
         "samples": 256,
-        "trainer": {"lr_scheduler_type": "cosine", "warmup_steps": 20, "adam_beta2": 0.98},
+        "trainer": {"lr_scheduler_type": "linear", "warmup_steps": 20},
         **EMBEDDED_SETTINGS.get(loss, {}),
     }
 
 
 EMBEDDED_LOSS: dict[str, dict[str, Any]] = {
     "dpo": {"beta": 1.5},
-    "tdpo1": {"beta": 1.5},
-    "tdpo2": {"beta": 1.5, "alpha": 0.5},
+    "tdpo1": {"beta": 0.4},
+    "tdpo2": {"beta": 0.25, "alpha": 0.3},
     "tgdpo": {"beta": 1.5},
-    "ipo": {"beta": 1.0},
+    "t_reg": {"beta": 1.5},
+    "bmc": {"beta": 1.0},
+    "critical_dpo": {"gamma": 1.5},
+    "ipo": {"beta": 5.0},
     "simpo": {"beta": 10.0, "gamma": 1.0},
     "sparsepo": {"beta": 1.0},
     "sparsepo_common": {"beta": 1.0},
@@ -108,9 +111,12 @@ EMBEDDED_LOSS: dict[str, dict[str, Any]] = {
     "aligndistil_constant": {"beta": 1.5, "kl_coef": 1.5},
     "aligndistil_theorem1": {"beta": 1.5, "kl_coef": 0.75},
 }
+SPARSE: dict[str, Any] = {"learning_rate": 2e-4}
 UNPAIRED: dict[str, Any] = {"learning_rate": 3e-4}
 EMBEDDED_SETTINGS: dict[str, dict[str, Any]] = {
     "mapl_intra": {"max_length": 192},
+    "sparsepo": SPARSE,
+    "sparsepo_common": SPARSE,
     "kto": UNPAIRED,
     "apo_zero_unpaired": UNPAIRED,
 }

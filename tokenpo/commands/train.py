@@ -104,7 +104,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     """Load, train, compare before with after, write."""
     import transformers
 
-    from tokenpo.data.control_tokens import add_control_tokens
+    from tokenpo.data.control_tokens import add_control_tokens, grow_embeddings
     from tokenpo.training import PreferenceTrainer, ProgressLine, StepClock, last_checkpoint
 
     transformers.utils.logging.disable_progress_bar()
@@ -117,7 +117,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     train_rows, test_rows = attach_credit(config, run, loss, tokenizer, splits)
     model = load_policy(config)
     if loss.kind == "controlled_pairs":
-        model.resize_token_embeddings(len(tokenizer))
+        grow_embeddings(model, tokenizer)
     teachers = load_teachers(config, run, loss, model)
     prepare_threads(model)
     arguments = {k: v for k, v in config.loss.items() if k != "name"}

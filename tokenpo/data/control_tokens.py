@@ -45,6 +45,23 @@ def add_control_tokens(tokenizer: Any, length: int = 8) -> dict[str, list[int]]:
     return {control: tokenizer.convert_tokens_to_ids(tokens) for control, tokens in names.items()}
 
 
+def grow_embeddings(model: Any, tokenizer: Any) -> None:
+    """Room in a Hugging Face model for the controls just added, each starting as a copy of a random older token.
+
+    transformers' own start, one mean vector for all, would leave good and bad alike. Draws from torch's global state.
+    """
+    import torch
+
+    length = control_length(tokenizer)
+    ids = tokenizer.convert_tokens_to_ids([token for control in CONTROLS for token in control_tokens(control, length)])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    older = [i for i in range(len(tokenizer)) if i not in ids]
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        for i in ids:
+            weight[i] = weight[older[int(torch.randint(len(older), ()))]]
+
+
 def control_length(tokenizer: Any) -> int:
     """How many tokens each control of the tokenizer has; 0 if it has none."""
     known, length = tokenizer.get_vocab(), 0
