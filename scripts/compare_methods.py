@@ -77,8 +77,8 @@ def write(path: Path, found: dict[str, list[dict[str, Any]]], steps: int, seeds:
         "# Methods, measured",
         "",
         "Every method on the embedded model and pairs (402,304 parameters, 8192 pairs, 1000 held out), made by "
-        f"`python scripts/compare_methods.py`: {steps} steps of 32 pairs, seeds {', '.join(map(str, seeds))}, commit {commit}, "
-        f"torch {first['versions']['torch']}, one CPU thread a run, two runs at a time.",
+        f"`python scripts/compare_methods.py`: {steps} steps of 32 pairs, seeds {', '.join(map(str, seeds))}, "
+        f"commit {commit}, torch {first['versions']['torch']}, one CPU thread a run, two runs at a time.",
         "",
         f"Before training: true reward {start['true_reward']:.2f} (std {start['true_reward_std']:.2f}), entropy "
         f"{start['entropy']:.2f} nats a token, accuracy 0.5. The best possible accuracy is {first['bayes_rate']:.3f}. "

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_model, make_pairs, make_tokenizer, write_jsonl
+from tiny import make_model, make_pairs, make_tokenizer, write_jsonl
 
 from tokenpo.cli import main
 from tokenpo.commands.config import TrainConfig

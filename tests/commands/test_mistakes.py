@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import make_model, make_pairs, make_tokenizer, write_jsonl
+from tiny import make_model, make_pairs, make_tokenizer, write_jsonl
 
 from tokenpo.cli import main
 

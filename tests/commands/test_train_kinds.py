@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_pairs, write_jsonl
+from tiny import make_pairs, write_jsonl
 
 from tokenpo.cli import main
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_pairs, make_tokenizer, write_jsonl
+from tiny import make_model, make_pairs, make_tokenizer, write_jsonl
 
 from tokenpo.methods import all_methods
 

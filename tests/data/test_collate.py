@@ -146,7 +146,7 @@ def test_mistakes_in_a_prompt_a_side(change, message):
 
 
 def test_two_prompts_from_text():
-    from conftest import make_tokenizer
+    from tiny import make_tokenizer
 
     from tokenpo.data.two_prompts import tokenize_two_prompts
 

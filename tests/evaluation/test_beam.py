@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from tiny import make_model, make_tokenizer
 
 from tokenpo.cli import main
 from tokenpo.errors import InputError

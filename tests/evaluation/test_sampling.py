@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from tiny import make_model, make_tokenizer
 
 from tokenpo.evaluation import as_batch, bootstrap_interval, sample
 from tokenpo.reference import make_reference

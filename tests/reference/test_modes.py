@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import make_model, make_pairs, make_tokenizer
+from tiny import make_model, make_pairs, make_tokenizer
 
 from tokenpo.data import PreferenceCollator, load_preferences, tokenize_preferences
 from tokenpo.errors import InputError

@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from conftest import make_model, make_pairs, make_tokenizer
+from tiny import make_model, make_pairs, make_tokenizer
 from transformers import TrainerCallback, TrainingArguments
 
 from tokenpo.data import load_preferences, tokenize_preferences

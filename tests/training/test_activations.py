@@ -3,7 +3,7 @@
 import pytest
 import torch
 from companion_run import make_trainer
-from conftest import make_model
+from tiny import make_model
 from torch import nn
 
 from tokenpo.credit import mapo_sigmoid_weights, mapo_weights

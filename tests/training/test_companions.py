@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from companion_run import MASKS, make_trainer, masks, run
-from conftest import make_model
 from safetensors.torch import load_file
+from tiny import make_model
 from torch import nn
 
 from tokenpo.credit import AllLayersMask, DeadMaskWarning, LastLayerMask

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import make_model, make_pairs, make_tokenizer
 from exact_run import Keep
 from test_exactness import assert_same
+from tiny import make_model, make_pairs, make_tokenizer
 from transformers import TrainingArguments
 
 from tokenpo.data import load_preferences, tokenize_preferences

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from companion_run import make_trainer
-from conftest import make_model
+from tiny import make_model
 
 from tokenpo.losses import cvar_risk, entropic_risk, released_risk, released_split_risk
 from tokenpo.statistics import response_states, stats_of_states

@@ -9,7 +9,7 @@ from tokenpo.types import LossOutput, TokenStats
 
 
 @method(
-    "sft", kind="pairwise", title="Training language models to follow instructions with human feedback",
+    "sft", kind="supervised", title="Training language models to follow instructions with human feedback",
     paper="https://arxiv.org/abs/2203.02155",
 )  # fmt: skip
 def sft_loss(chosen: TokenStats, rejected: TokenStats) -> LossOutput:

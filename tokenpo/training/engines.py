@@ -147,6 +147,7 @@ ENGINES: dict[str, Engine] = {
     "pairwise": pairwise,
     "unpaired": unpaired,
     "prompt_pairs": prompt_pairs,
+    "supervised": pairwise,
     "controlled_pairs": pairwise,
     "distillation": distillation,
 }
