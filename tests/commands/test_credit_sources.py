@@ -154,3 +154,14 @@ def test_every_source_is_tried_here_or_beside():
     tried = {"uniform", "last_token", "red", "abc", "minimal_edits", "span_severity", "contrastive_prompt", "implicit"}
     variants = {"red_full", "red_zero", "value_differences"}
     assert set(SOURCES) == tried | variants | {"modified_tokens", "contrastive_scores"}
+
+
+def test_values_in_the_data_need_no_guide(model_folder, tmp_path):
+    rows = make_pairs(8)
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            row[f"{side}_token_rewards"] = [0.1] * (len(row[side]) + 1)
+    data, run = write_jsonl(tmp_path / "own.jsonl", rows), tmp_path / "run"
+    words = ["train", f"model={model_folder}", f"train={data}", f"output={run}", "max_steps=2", "samples=0"]
+    assert main([*words, "loss.name=tgdpo"]) == 0
+    assert not (run / "guide").exists()

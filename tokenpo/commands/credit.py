@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenpo import methods
-from tokenpo.commands import first as before
 from tokenpo.commands import scorers
 from tokenpo.commands.config import TrainConfig
+from tokenpo.commands.first import Changes, dpo, reverse_sft, sft
 from tokenpo.commands.live import LIVE, check_live, fields_for, make_live
 from tokenpo.commands.loading import load_model, model_folder, prepare_threads
 from tokenpo.credit import (
@@ -47,13 +47,17 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A credit source: the field it gives, the models it may be given (or must be: `required`), what computes it."""
+    """A credit source: the field it gives, the models it may be given (or must be: `required`), what computes it.
+
+    `trained`: for a model that is not given, the folder of the run where one is trained first, and how.
+    """
 
     field: str
     models: tuple[str, ...]
     hyperparameters: dict[str, Any]
     compute: Callable[[Job], Columns]
     required: tuple[str, ...] = ()
+    trained: dict[str, tuple[str, Changes]] = dataclasses.field(default_factory=dict)
 
 
 def check_credit(config: TrainConfig, loss: methods.Method) -> None:
@@ -97,7 +101,7 @@ def attach_credit(
 ) -> list[Any]:
     """The tokenised rows of each (pairs, rows), with the columns that the loss needs and the data lack."""
     source = _source(config, loss)[1]
-    if source is None or (not config.credit and f"chosen_{source.field}" in splits[0][1].column_names):
+    if source is None or _in_the_data(config, source, splits[0][1].column_names):
         return [rows for _, rows in splits]
     options = {**source.hyperparameters, **{k: v for k, v in config.credit.items() if k != "name"}}
     if "beta" in options and options["beta"] is None:
@@ -111,6 +115,20 @@ def attach_credit(
             rows = rows.add_column(label, values)
         found.append(rows)
     return found
+
+
+def missing_models(config: TrainConfig, loss: methods.Method, columns: Sequence[str]) -> dict[str, Changes]:
+    """Folder of the run -> how to train what belongs there, for the models that the source reads and none is given.
+
+    `columns` of the tokenised rows: where they hold the values already, nothing is missing.
+    """
+    source = _source(config, loss)[1]
+    trained = {} if source is None or _in_the_data(config, source, columns) else source.trained
+    return {folder: changes for key, (folder, changes) in trained.items() if config.credit.get(key) is None}
+
+
+def _in_the_data(config: TrainConfig, source: Source, columns: Sequence[str]) -> bool:
+    return not config.credit and f"chosen_{source.field}" in columns
 
 
 def _source(config: TrainConfig, loss: methods.Method) -> tuple[str, Source | None]:
@@ -142,7 +160,7 @@ def implicit(job: Job) -> Columns:
 
     from tokenpo.credit import implicit_rewards
 
-    guide = job.options.get("model") or train_first(job, "guide", before.dpo(job.config))
+    guide = job.options.get("model") or job.run / "guide" / "model"
     ours, refs = token_logps(job, str(guide)), token_logps(job, job.config.model)
 
     def rewards(a: list[float], b: list[float]) -> list[float]:
@@ -206,9 +224,7 @@ def contrastive_scores(job: Job) -> Columns:
     from tokenpo.evaluation import as_batch
     from tokenpo.statistics import LinearHead, hidden_before_head
 
-    sft: dict[str, Any] = {"loss": {"name": "sft"}}
-    positive = job.options.get("positive") or train_first(job, "positive", sft)
-    negative = job.options.get("negative") or train_first(job, "negative", {**sft, "swap": True})
+    positive, negative = (job.options.get(n) or job.run / n / "model" for n in ("positive", "negative"))
     models = [_model(str(name), job.config) for name in (positive, negative)]
     chosen, rejected = [[1.0] * len(row["chosen_ids"]) for row in job.rows], []
     size = job.config.batch_size
@@ -239,12 +255,18 @@ def _scored(scorer: Callable[..., Any], *leading: Callable[..., Any]) -> Callabl
 
 
 SOURCES: dict[str, Source] = {
-    "implicit": Source("token_rewards", ("model",), {"beta": None}, implicit),
+    "implicit": Source("token_rewards", ("model",), {"beta": None}, implicit, trained={"model": ("guide", dpo)}),
     "contrastive_prompt": Source(
         "token_rewards", ("model",), {"better_template": None, "worse_template": None}, contrastive_prompt
     ),
     "modified_tokens": Source("token_weights", (), {"ignore": ()}, modified_tokens),
-    "contrastive_scores": Source("token_weights", ("positive", "negative"), {"contrast": 1.0}, contrastive_scores),
+    "contrastive_scores": Source(
+        "token_weights",
+        ("positive", "negative"),
+        {"contrast": 1.0},
+        contrastive_scores,
+        trained={"positive": ("positive", sft), "negative": ("negative", reverse_sft)},
+    ),
     "last_token": Source("token_rewards", (), {}, _scored(scorers.from_reward, last_token_rewards)),
     "uniform": Source("token_rewards", (), {}, _scored(scorers.from_reward, uniform_rewards)),
     "abc": Source("token_rewards", ("model",), {"beta": 0.8}, _scored(scorers.abc)),
@@ -273,11 +295,6 @@ USUAL = {
     "ra_dpo": "cvar",
 }
 """Beginning of a loss's name -> the source it was published with, of SOURCES or of LIVE."""
-
-
-def train_first(job: Job, name: str, changes: dict[str, Any]) -> Path:
-    """A model trained on the same pairs, in the folder `name` of the run."""
-    return before.train_first(job.config, job.run, name, changes)
 
 
 def token_logps(job: Job, name: str) -> list[tuple[list[float], list[float]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,40 @@ from tokenpo.commands.config import TrainConfig, preset
 from tokenpo.commands.loading import load_model, model_folder
 from tokenpo.errors import InputError
 
+Changes = Callable[[TrainConfig], dict[str, Any]]
+"""From a run's configuration to what the run before it has different."""
 
-def train_first(config: TrainConfig, run: Path, name: str, changes: dict[str, Any]) -> Path:
-    """A run of its own on the same pairs, in the folder `name` of the run; one that is finished is used as it is."""
-    from tokenpo.commands.train import train
 
-    folder = run / name
-    if not (folder / "summary.json").exists():
-        print(f"no model given for '{name}': training one with {changes['loss']['name']} in {folder}", flush=True)
-        plain = {"credit": {}, "teachers": {}, "output": str(folder), "samples": 0}
-        train(dataclasses.replace(config, **{**plain, **changes}))
-    return folder / "model"
+def phase(config: TrainConfig, folder: Path, changes: Changes) -> TrainConfig:
+    """The configuration of a run on the same pairs that comes before this one, in a folder of its own."""
+    plain = {"credit": {}, "teachers": {}, "output": str(folder), "samples": 0, "reference": "auto"}
+    return dataclasses.replace(config, **{**plain, **changes(config)})
 
 
 def dpo(config: TrainConfig) -> dict[str, Any]:
-    """What to change in a configuration to train with DPO at the same beta."""
+    """DPO at the beta of the loss that comes after it."""
     if config.model == "embedded":
         return {"loss": preset("dpo")["loss"]}
     return {"loss": {"name": "dpo", "beta": config.loss.get("beta", 0.1)}}
+
+
+def reverse_dpo(config: TrainConfig) -> dict[str, Any]:
+    """DPO with chosen and rejected exchanged."""
+    return {**dpo(config), "swap": not config.swap}
+
+
+def sft(config: TrainConfig) -> dict[str, Any]:
+    """Supervised fine-tuning on the chosen responses."""
+    return {"loss": {"name": "sft"}}
+
+
+def reverse_sft(config: TrainConfig) -> dict[str, Any]:
+    """Supervised fine-tuning on the rejected responses."""
+    return {**sft(config), "swap": not config.swap}
+
+
+TEACHERS: dict[str, Changes] = {"dpo": dpo, "reverse": reverse_dpo}
+"""How each teacher is trained where none is given."""
 
 
 def check_teachers(config: TrainConfig, loss: methods.Method) -> None:
@@ -43,14 +60,18 @@ def check_teachers(config: TrainConfig, loss: methods.Method) -> None:
             model_folder(str(folder))
 
 
+def missing_teachers(config: TrainConfig, loss: methods.Method) -> dict[str, Changes]:
+    """Folder of the run -> how to train what belongs there, for the teachers that are not given."""
+    return {name: TEACHERS[name] for name in wanted_teachers(loss) if config.teachers.get(name) is None}
+
+
 def load_teachers(config: TrainConfig, run: Path, loss: methods.Method, policy: Any) -> dict[str, Any]:
-    """The frozen teachers of the loss by name; `reverse` is DPO on the pairs with chosen and rejected exchanged."""
+    """The frozen teachers of the loss by name: those given, or those trained first in folders of the run."""
     from tokenpo.reference import make_reference
 
-    trained = {"dpo": dpo(config), "reverse": {**dpo(config), "swap": not config.swap}}
     found = {}
     for name in wanted_teachers(loss):
-        folder = config.teachers.get(name) or train_first(config, run, name, {**trained[name], "reference": "auto"})
+        folder = config.teachers.get(name) or run / name / "model"
         found[name] = make_reference(f"model:{folder}", policy, load=lambda f: load_model(f, config.dtype))
     return found
 

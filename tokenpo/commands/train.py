@@ -8,14 +8,15 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenpo import __version__, methods
 from tokenpo.commands import compare
 from tokenpo.commands.config import TrainConfig
-from tokenpo.commands.credit import attach_credit, check_credit, live_credit
-from tokenpo.commands.first import check_teachers, load_teachers
+from tokenpo.commands.credit import attach_credit, check_credit, live_credit, missing_models
+from tokenpo.commands.first import check_teachers, load_teachers, missing_teachers, phase
 from tokenpo.commands.loading import DTYPES, load_model, load_tokenizer, model_folder, prepare_threads
 from tokenpo.commands.rows import load_rows
 from tokenpo.errors import InputError
@@ -28,6 +29,16 @@ def train(config: TrainConfig) -> Path:
     """Run it; returns the run's folder. Everything that can be wrong is checked before the first model loads."""
     loss = check(config)
     return fit(config, open_run(config, loss.name), loss)
+
+
+def train_first(config: TrainConfig, run: Path, loss: methods.Method, columns: Sequence[str]) -> None:
+    """Runs of their own, in folders of this one, for models that the method reads and that are not given."""
+    missing = {**missing_models(config, loss, columns), **missing_teachers(config, loss)}
+    for name, changes in missing.items():
+        if not (run / name / "summary.json").exists():
+            before = phase(config, run / name, changes)
+            _say(f"no model given for '{name}': training one with {before.loss['name']} in {run / name}")
+            train(before)
 
 
 def check(config: TrainConfig) -> methods.Method:
@@ -114,6 +125,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
         add_control_tokens(tokenizer, config.control_tokens)
     splits = load_rows(config, tokenizer, loss)
     test_pairs = list(splits[1][0])
+    train_first(config, run, loss, splits[0][1].column_names)
     train_rows, test_rows = attach_credit(config, run, loss, tokenizer, splits)
     model = load_policy(config)
     if loss.kind == "controlled_pairs":
