@@ -92,9 +92,11 @@ def write(path: Path, found: dict[str, list[dict[str, Any]]], steps: int, seeds:
     ]
     for name, runs in sorted(found.items(), key=lambda item: -mean([s["after"]["true_reward"] for s in item[1]])):
         lines.append(row(methods[name], runs))
-    lines += ["", "## Pages", ""]
-    for name in found:
-        lines += page(methods[name])
+    lines += ["", "## Pages", "", "Every registered method, in the words of its docstring."]
+    for kind in sorted({m.kind for m in methods.values()}):
+        lines += ["", f"## Kind: {kind}", ""]
+        for method in methods.values():
+            lines += page(method) if method.kind == kind else []
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     print(path)

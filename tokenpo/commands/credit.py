@@ -18,7 +18,7 @@ from tokenpo.commands import scorers
 from tokenpo.commands.config import TrainConfig
 from tokenpo.commands.first import Changes, dpo, reverse_sft, sft
 from tokenpo.commands.live import LIVE, check_live, fields_for, make_live
-from tokenpo.commands.loading import load_model, model_folder, prepare_threads
+from tokenpo.commands.loading import load_model, model_folder, prepare_threads, require_tokenizer
 from tokenpo.credit import (
     last_token_rewards,
     red_full_rewards,
@@ -107,6 +107,9 @@ def attach_credit(
     if "beta" in options and options["beta"] is None:
         options["beta"] = config.loss.get("beta", loss.defaults.get("beta", 0.1))
     found = []
+    for key in source.models:
+        if options.get(key) is not None:
+            require_tokenizer(str(options[key]), tokenizer)
     for pairs, rows in splits:
         columns = source.compute(Job(config, run, pairs, rows, tokenizer, options))
         for side, values in zip(("chosen", "rejected"), columns, strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenpo import methods
 from tokenpo.commands.config import TrainConfig, preset
-from tokenpo.commands.loading import load_model, model_folder
+from tokenpo.commands.loading import load_model, model_folder, require_tokenizer
 from tokenpo.errors import InputError
 
 Changes = Callable[[TrainConfig], dict[str, Any]]
@@ -65,13 +65,14 @@ def missing_teachers(config: TrainConfig, loss: methods.Method) -> dict[str, Cha
     return {name: TEACHERS[name] for name in wanted_teachers(loss) if config.teachers.get(name) is None}
 
 
-def load_teachers(config: TrainConfig, run: Path, loss: methods.Method, policy: Any) -> dict[str, Any]:
+def load_teachers(config: TrainConfig, run: Path, loss: methods.Method, policy: Any, tokenizer: Any) -> dict[str, Any]:
     """The frozen teachers of the loss by name: those given, or those trained first in folders of the run."""
     from tokenpo.reference import make_reference
 
     found = {}
     for name in wanted_teachers(loss):
         folder = config.teachers.get(name) or run / name / "model"
+        require_tokenizer(str(folder), tokenizer)
         found[name] = make_reference(f"model:{folder}", policy, load=lambda f: load_model(f, config.dtype))
     return found
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from tokenpo import methods
 
+PAGES = "docs/methods.md"
+
 
 def rows() -> list[dict[str, Any]]:
     """Every registered method as plain data."""
@@ -19,6 +21,7 @@ def rows() -> list[dict[str, Any]]:
             "paper": m.paper,
             "needs": list(m.needs),
             "defaults": m.defaults,
+            "page": f"{PAGES}#{m.name}",
             "function": f"{m.function.__module__}.{m.function.__name__}",
         }
         for m in methods.all_methods().values()
@@ -36,6 +39,6 @@ def show(as_json: bool = False) -> None:
         for row in (r for r in found if r["kind"] == kind):
             defaults = " ".join(f"{k}={v}" for k, v in row["defaults"].items())
             print(f"  {row['name']:16} {row['summary']}")
-            print(f"  {'':16} {row['title']}, {row['paper']}")
+            print(f"  {'':16} {row['title']}, {row['paper']}; {row['page']}")
             print(f"  {'':16} needs: {', '.join(row['needs']) or 'log-probs only'};  defaults: {defaults or 'none'}")
         print()

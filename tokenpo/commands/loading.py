@@ -72,6 +72,12 @@ def load_tokenizer(name: str) -> Any:
         raise InputError(f"cannot load a tokenizer from {folder}: {first_line(reason)}") from reason
 
 
+def require_tokenizer(name: str, tokenizer: Any) -> None:
+    """Refuse a model whose tokenizer is not the policy's: token values of one mean nothing to the other."""
+    if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"{name} and the policy have different tokenizers: values of tokens need the same one")
+
+
 def prepare_threads(model: Any) -> None:
     """Tiny models run on one thread: more only wait for each other."""
     import torch

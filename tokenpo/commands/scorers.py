@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenpo import credit
-from tokenpo.commands.loading import first_line, load_model, model_folder, prepare_threads
+from tokenpo.commands.loading import first_line, load_model, model_folder, prepare_threads, require_tokenizer
 from tokenpo.errors import InputError
 
 SEVERITIES = {"minor": 0, "major": 1, "critical": 2}
@@ -156,22 +156,20 @@ def reward_model(name: str, tokenizer: Any) -> Any:
     """A one-score sequence classifier from disk, whose tokenizer must be the policy's."""
     if name in _REWARD_MODELS:
         return _REWARD_MODELS[name]
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     folder = model_folder(name)
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
-        own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as reason:
         raise InputError(f"cannot load a reward model from {folder}: {first_line(reason)}") from reason
     if getattr(model, "score", None) is None or model.config.num_labels != 1:
         raise InputError(
             f"{folder} is no reward model: a sequence classifier with one label and a 'score' head is needed"
         )
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise InputError(f"the reward model {folder} and the policy have different tokenizers: token rewards need one")
+    require_tokenizer(folder, tokenizer)
     prepare_threads(model)
     _REWARD_MODELS[name] = model.eval()
     return model

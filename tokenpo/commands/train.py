@@ -130,7 +130,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     model = load_policy(config)
     if loss.kind == "controlled_pairs":
         grow_embeddings(model, tokenizer)
-    teachers = load_teachers(config, run, loss, model)
+    teachers = load_teachers(config, run, loss, model, tokenizer)
     prepare_threads(model)
     arguments = {k: v for k, v in config.loss.items() if k != "name"}
     clock = StepClock()

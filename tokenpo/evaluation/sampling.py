@@ -31,7 +31,6 @@ def render_prompt(prompt: Any, tokenizer: Any) -> list[int]:
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -42,12 +41,29 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
 ) -> list[list[int]]:
-    """Response token ids, one list a prompt, the end-of-sequence token kept; `temperature=0` is greedy.
+    """Response token ids, one list a prompt: `generate_ids` after the prompts' own tokens."""
+    rows = [render_prompt(p, tokenizer) for p in prompts]
+    return generate_ids(
+        model, tokenizer, rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size
+    )
+
+
+@torch.no_grad()
+def generate_ids(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[list[int]]:
+    """What follows each row of token ids, the end-of-sequence token kept; `temperature=0` is greedy.
 
     Plain sampling from the model's own distribution: no top-k, no top-p. The global random state is put back.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rows = [render_prompt(p, tokenizer) for p in prompts]
     how = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         if temperature
