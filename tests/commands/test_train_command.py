@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import make_pairs, write_jsonl
 
 from tokenpo.cli import main
 
@@ -117,6 +118,24 @@ def test_disk_full_leaves_the_checkpoint_before(model_folder, pairs_file, tmp_pa
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["checkpoint-4"]
     monkeypatch.undo()
     assert main(words(model_folder, pairs_file, run, "save_every=4")) == 0
+
+
+def test_two_processes_write_one_run(model_folder, pairs_file, tmp_path):
+    """Held-out pairs fewer than processes can share: one has none, and still takes part in every sum."""
+    held_out = write_jsonl(tmp_path / "test.jsonl", make_pairs(2, seed=9))
+    run = tmp_path / "two"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tokenpo"]
+    more = [f"test={held_out}", "max_steps=4", "save_every=2"]
+    done = subprocess.run(
+        [*launch, *words(model_folder, pairs_file, run, *more)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not list(run.glob("*.part")) and (run / "model" / "model.safetensors").exists()
+    alone = tmp_path / "alone"
+    assert main(words(model_folder, pairs_file, alone, *more, "batch_size=8")) == 0
+    held = [json.loads((r / "summary.json").read_text())["held_out"] for r in (run, alone)]
+    for key in ("loss", "rewards/margins", "rewards/accuracies"):
+        assert held[0][key] == pytest.approx(held[1][key], rel=1e-4), key
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "tdpo1", "tgdpo"])

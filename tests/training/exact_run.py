@@ -39,7 +39,7 @@ def run(folder, batch, accumulate, loss="tdpo2"):
     )  # fmt: skip
     # A reference that differs, so that the KL part of the loss is at work from the first step.
     trainer = PreferenceTrainer(
-        make_model(0), args, train_dataset=rows, eval_dataset=rows, tokenizer=tokenizer, loss=loss,
+        make_model(0), args, train_dataset=rows, eval_dataset=rows.select(range(2)), tokenizer=tokenizer, loss=loss,
         reference="model:1", load_reference=lambda name: make_model(int(name)), callbacks=[keep],
     )  # fmt: skip
     trainer.train()

@@ -158,7 +158,6 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
     rows = trainer.state.log_history
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluation = trainer.evaluate()
     save_model(trainer, run / "model")
     after = compare.after(config, trainer, test_pairs)
@@ -177,6 +176,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
         "versions": versions(),
     }
     if trainer.is_world_process_zero():
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         compare.show(summary, _say)
         compare.draw(run, [*rows, {"step": trainer.state.global_step, **evaluation}], summary)
         _write_json(run / "summary.json", summary)
@@ -205,13 +205,17 @@ def save_model(trainer: Any, folder: Path) -> None:
     from tokenpo.errors import TokenpoError
 
     draft = folder.with_name(folder.name + ".part")
-    shutil.rmtree(draft, ignore_errors=True)
+    writes = trainer.is_world_process_zero()
+    if writes:
+        shutil.rmtree(draft, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     try:
         trainer.save_model(str(draft))
     except Exception as reason:
         shutil.rmtree(draft, ignore_errors=True)
         raise TokenpoError(f"could not write {folder}: {reason}; the checkpoints are intact") from reason
-    if trainer.is_world_process_zero():
+    trainer.accelerator.wait_for_everyone()
+    if writes:
         draft.rename(folder)
 
 
@@ -248,6 +252,7 @@ def _training_arguments(config: TrainConfig, run: Path, n_rows: int) -> Any:
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # said outright, or several CPU processes form no group
         "weight_decay": 0.0,
     }
     try:

@@ -209,9 +209,8 @@ class PreferenceTrainer(ExactLossMixin, CompanionMixin, Trainer):
     def _record(self, mode: str, out: LossOutput, pairs: int) -> None:
         sums = self._sums[mode]
         sums["pairs"] += pairs
-        if pairs:
-            for name, value in out.metrics.items():
-                sums[name] += value.double() * pairs
+        for name, value in out.metrics.items():  # by name on every process, also where it has no pair at all
+            sums[name] += value.double() * pairs if pairs else 0.0
 
     def _drain(self, mode: str, prefix: str = "") -> dict[str, float]:
         sums, self._sums[mode] = self._sums[mode], defaultdict(float)
