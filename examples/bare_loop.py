@@ -3,7 +3,7 @@
 What       the embedded tiny model on the embedded preference pairs; change two names to train your own
 Paper      Token-level Direct Preference Optimization, https://arxiv.org/abs/2404.11999
 Simplified one process, no accumulation, no evaluation; AdamW with a constant rate (the authors: RMSprop with warm-up)
-CPU toy    python examples/bare_loop.py                        (100 steps, about a minute on one core)
+CPU toy    python examples/bare_loop.py                        (100 steps, half a minute on one core)
 One GPU    python examples/bare_loop.py --device cuda --model FOLDER --data pairs.jsonl --lr 5e-6 --beta 0.1
 """
 
@@ -18,6 +18,8 @@ from tokenpo.data.reviews import embedded_model_path, embedded_pairs
 from tokenpo.losses import tdpo_loss
 from tokenpo.statistics import LinearHead, hidden_before_head, response_stats
 
+SHOWN = ("rewards/accuracies", "rewards/margins", "token/seq_ref_kl_chosen")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -25,8 +27,8 @@ def main() -> None:
     parser.add_argument("--data", default=None, help="JSONL of prompt, chosen, rejected")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=16, help="pairs a step")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--beta", type=float, default=1.0)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--beta", type=float, default=0.5)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.device == "cpu":
@@ -43,6 +45,7 @@ def main() -> None:
     def score_reference(batch):
         return hidden_before_head(reference, batch), LinearHead.of(reference)
 
+    history: list[list[float]] = []
     order = torch.randperm(len(rows)).tolist()
     for step in range(1, args.steps + 1):
         picked = [rows[order[(step * args.pairs + i) % len(rows)]] for i in range(args.pairs)]
@@ -53,10 +56,11 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 10 == 0 or step == args.steps:
-            shown = ("rewards/accuracies", "rewards/margins", "token/seq_ref_kl_chosen")
-            numbers = "  ".join(f"{name} {out.metrics[name]:.3f}" for name in shown)
-            print(f"step {step:4}  loss {out.loss:.4f}  {numbers}", flush=True)
+        history.append([out.loss.item(), *(out.metrics[name].item() for name in SHOWN)])
+        if step % 25 == 0 or step == args.steps:
+            means = [sum(column) / len(column) for column in zip(*history[-25:], strict=True)]
+            numbers = "  ".join(f"{name} {value:.3f}" for name, value in zip(("loss", *SHOWN), means, strict=True))
+            print(f"step {step:4}, mean of the last 25: {numbers}", flush=True)
 
 
 if __name__ == "__main__":

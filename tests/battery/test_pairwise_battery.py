@@ -218,6 +218,14 @@ def test_metrics_are_detached_scalars_with_the_usual_names(method):
     assert [t.shape for t in out.per_token] == [(4, 9), (4, 8)]
 
 
+@every_loss
+def test_logged_rewards_do_not_know_which_side_is_chosen(method):
+    """The same response on both sides earns the same: an accuracy built on the label would always be right."""
+    same, _ = pair()
+    metrics = method.function(same, same).metrics
+    assert metrics["rewards/margins"] == 0 and metrics["rewards/accuracies"] == 0
+
+
 UNIT = {
     "tdpo2": {"alpha": 0.0},
     "tgdpo": {"alpha": 0.0},

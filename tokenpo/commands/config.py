@@ -93,7 +93,7 @@ EMBEDDED_LOSS: dict[str, dict[str, Any]] = {
     "dpo": {"beta": 1.5},
     "tdpo1": {"beta": 0.4},
     "tdpo2": {"beta": 0.25, "alpha": 0.3},
-    "tgdpo": {"beta": 1.5},
+    "tgdpo": {"beta": 1.5, "alpha": 0.1},
     "t_reg": {"beta": 1.5},
     "bmc": {"beta": 1.0},
     "critical_dpo": {"gamma": 1.5},

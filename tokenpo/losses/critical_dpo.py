@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenpo import masked
 from tokenpo.errors import InputError
-from tokenpo.losses.pairwise import SATURATED, log_ratio, logistic, pairwise_loss
+from tokenpo.losses.pairwise import SATURATED, Sides, log_ratio, logistic, pairwise_loss
 from tokenpo.methods import BelowHalf, Positive, Range, method
 from tokenpo.types import LossOutput, TokenStats
 
@@ -35,10 +35,12 @@ def critical_dpo_loss(chosen: TokenStats, rejected: TokenStats, *, gamma: Positi
 
     (arXiv 2411.19943; it sums over pairs where this takes the mean). `gamma` is DPO's beta. Weights attached to
     the chosen side are not read: the paper argues against them. Detached: w and the reference. w = 1 is DPO;
-    w = 0 leaves the chosen side alone. An empty row counts as 0. The authors' code computes another loss,
-    `critical_dpo_per_position_loss`, which is likely the one behind their numbers.
+    w = 0 leaves the chosen side alone. An empty row counts as 0. Rewards logged: gamma * sum_t d, without the
+    weights. The authors' code computes another loss, `critical_dpo_per_position_loss`, which is likely the one
+    behind their numbers.
     """
-    return pairwise_loss(chosen, rejected, (gamma * log_ratio(chosen), gamma * _weighted_ratio(rejected)))
+    terms = (gamma * log_ratio(chosen), gamma * _weighted_ratio(rejected))
+    return pairwise_loss(chosen, rejected, terms, rewards=_rewards(chosen, rejected, gamma))
 
 
 @method("critical_dpo_per_position", kind="pairwise", title=TITLE, paper=PAPER, needs=NEEDS, golden=("cdpo_loss",))
@@ -63,10 +65,11 @@ def critical_dpo_per_position_loss(
     that has no token in a column counts 0 there, a pair without tokens 0. The chosen side weighs 1 where it
     carries no `token_weights`; the authors weigh the last token 1 (`tokenpo.credit.with_last_token`). Without the sum
     before the sigmoid a pair never saturates; the metrics pairs/* are means over its columns. Rewards logged:
-    gamma * sum_t w d. Detached: w and the reference. The authors' gamma is 0.1, the paper's 1.
+    gamma * sum_t d, without the weights. Detached: w and the reference. The authors' gamma is 0.1, the paper's 1.
     """
     chosen_ratio = log_ratio(chosen) if chosen.token_weights is None else _weighted_ratio(chosen)
-    summed = pairwise_loss(chosen, rejected, (gamma * chosen_ratio, gamma * _weighted_ratio(rejected)))
+    terms = (gamma * chosen_ratio, gamma * _weighted_ratio(rejected))
+    summed = pairwise_loss(chosen, rejected, terms, rewards=_rewards(chosen, rejected, gamma))
     columns = max(term.shape[1] for term in summed.per_token)
     if width is not None and width < columns:
         raise InputError(f"width {width} is less than the {columns} columns given: pass the full padded width")
@@ -87,6 +90,11 @@ def critical_dpo_per_position_loss(
         per_token=summed.per_token,
         metrics={**summed.metrics, **scale},
     )
+
+
+def _rewards(chosen: TokenStats, rejected: TokenStats, gamma: float) -> Sides:
+    """What is logged, without the weights: they differ by side, and an accuracy that knows the side says nothing."""
+    return gamma * log_ratio(chosen), gamma * log_ratio(rejected)
 
 
 def _against(terms: tuple[Tensor, Tensor], masks: tuple[Tensor, Tensor], columns: int) -> tuple[Tensor, Tensor]:

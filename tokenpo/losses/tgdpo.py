@@ -33,7 +33,8 @@ def tgdpo_loss(
     with DPO on the same pairs (`tokenpo.credit.implicit_rewards`); any other token credit fits. Detached: r and
     the reference. The theory wants positive weights; the authors' code does not clamp, nor does this unless
     `min_weight` is given; the metric token/negative_weights tells. beta_g is the guide's own beta in the paper
-    and this beta in the code. alpha = 0, or r = 0, is DPO. An empty row counts as 0.
+    and this beta in the code. alpha = 0, or r = 0, is DPO. An empty row counts as 0. Rewards logged: beta * sum_t d,
+    without the weights, as in the authors' code: they know which side is the chosen one.
     """
 
     def weights(side: TokenStats, sign: float) -> Tensor:
@@ -41,7 +42,13 @@ def tgdpo_loss(
         return weight if min_weight is None else weight.clamp(min=min_weight)
 
     ws = (weights(chosen, 1.0), weights(rejected, -1.0))
-    terms = (beta * ws[0] * log_ratio(chosen), beta * ws[1] * log_ratio(rejected))
+    ratios = (beta * log_ratio(chosen), beta * log_ratio(rejected))
     shares = [masked.mean((w < 0).float(), s.mask, -1) for w, s in zip(ws, (chosen, rejected), strict=True)]
     negative = 0.5 * (shares[0] + shares[1])
-    return pairwise_loss(chosen, rejected, terms, metrics={"token/negative_weights": negative})
+    return pairwise_loss(
+        chosen,
+        rejected,
+        (ws[0] * ratios[0], ws[1] * ratios[1]),
+        rewards=ratios,
+        metrics={"token/negative_weights": negative},
+    )
