@@ -81,11 +81,7 @@ def train_config(words: list[str]) -> Any:
     words = _positional(words, ("config",))
     found = parse(TrainConfig, "train", words)
     if found.model == "embedded" and found.train == "embedded":
-        suited = preset(str(found.loss.get("name")))
-        asked = {w.partition("=")[0] for w in words}
-        if "--config" in asked and "name" not in found.loss:
-            return found
-        found = parse(TrainConfig, "train", words, defaults=suited)
+        found = parse(TrainConfig, "train", words, defaults=preset(str(found.loss.get("name"))))
     return found
 
 
