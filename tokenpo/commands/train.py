@@ -180,7 +180,8 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
         compare.show(summary, _say)
         compare.draw(run, [*rows, {"step": trainer.state.global_step, **evaluation}], summary)
         _write_json(run / "summary.json", summary)
-        _say(f"written: {run}/ (model/, summary.json, metrics.jsonl, curves.png, samples.jsonl)")
+        texts = ", samples.jsonl" if after is not None else ""
+        _say(f"written: {run}/ (model/, summary.json, metrics.jsonl, curves.png{texts})")
     return run
 
 
