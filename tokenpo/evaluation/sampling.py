@@ -141,7 +141,10 @@ def sample(
         if reference is not None:
             kl += masked.sum(stats.require("policy_kl"), stats.mask, -1).tolist()
     texts = [tokenizer.decode(r, skip_special_tokens=True) for r in ids]
-    shown = [p if isinstance(p, str) else tokenizer.decode(i, skip_special_tokens=True) for p, i in zip(prompts, prompt_ids, strict=True)]
+    shown = [
+        p if isinstance(p, str) else tokenizer.decode(i, skip_special_tokens=True)
+        for p, i in zip(prompts, prompt_ids, strict=True)
+    ]
     return Samples(shown, texts, ids, kl if reference is not None else None, entropy)
 
 
