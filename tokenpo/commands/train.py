@@ -214,7 +214,9 @@ def save_model(trainer: Any, folder: Path) -> None:
         trainer.save_model(str(draft))
     except Exception as reason:
         shutil.rmtree(draft, ignore_errors=True)
-        raise TokenpoError(f"could not write {folder}: {reason}; the checkpoints are intact") from reason
+        raise TokenpoError(
+            f"could not write {folder} (is the disk full?): {reason}; the checkpoints are intact"
+        ) from reason
     trainer.accelerator.wait_for_everyone()
     if writes:
         draft.rename(folder)

@@ -280,7 +280,7 @@ class PreferenceTrainer(ExactLossMixin, CompanionMixin, Trainer):
                 shutil.rmtree(folder, ignore_errors=True)
             before = last_checkpoint(folder.parent)
             kept = f"the checkpoint before it is intact: {before}" if before else "there was none before it"
-            raise TokenpoError(f"could not write {folder}: {reason}; {kept}") from reason
+            raise TokenpoError(f"could not write {folder} (is the disk full?): {reason}; {kept}") from reason
 
 
 def last_checkpoint(run: Path | str) -> Path | None:
