@@ -40,6 +40,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert summary["steps"] == 12
     assert summary["loss"] == {"name": "tdpo2", "beta": 0.1, "alpha": 0.5}
     assert summary["reference"] == "copy"
+    assert summary["start"]["start/reference_difference"] == 0.0 and summary["start"]["start/head_difference"] < 1e-5
     assert summary["before"]["kl"] == pytest.approx(0.0, abs=1e-5) and summary["after"]["kl"] > 0
     rows = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
     assert {"loss", "rewards/margins", "token/seq_ref_kl_chosen"} <= {key for row in rows for key in row}

@@ -164,6 +164,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     summary = {
         "loss": {"name": loss.name, **loss.defaults, **arguments},
         "reference": trainer.reference.mode if trainer.reference else "none",
+        "start": trainer.start,
         "steps": trainer.state.global_step,
         "seconds_training": round(seconds, 2),
         "seconds_per_step": clock.seconds / max(clock.steps, 1),

@@ -129,6 +129,7 @@ class PreferenceTrainer(ExactLossMixin, CompanionMixin, Trainer):
             callbacks=[*(callbacks or []), _EpochOrder()],
         )
         self.model_accepts_loss_kwargs = False
+        self.start: dict[str, float] = {}
         self.prepare_companion()
         self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
 
@@ -241,7 +242,7 @@ class PreferenceTrainer(ExactLossMixin, CompanionMixin, Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         if not resume_from_checkpoint:
-            self.check_start()
+            self.start = self.check_start()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def check_start(self) -> dict[str, float]:
