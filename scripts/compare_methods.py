@@ -113,7 +113,7 @@ def row(method: Method, runs: list[dict[str, Any]]) -> str:
         spread([s["held_out"]["rewards/accuracies"] for s in runs], 3),
         f"{spread([a['true_reward'] for a in after], 2)} [{low:.2f}, {high:.2f}]",
         spread(rise, 2),
-        spread([a["kl"] for a in after], 2),
+        spread([a["kl"] for a in after], 2) if "kl" in after[0] else "not defined",
         spread([a["entropy"] for a in after], 2),
         f"{mean([s['seconds_per_step'] for s in runs]):.2f}",
         f"{max(s['peak_memory_mb'] for s in runs):.0f}",

@@ -157,7 +157,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
-    rows = trainer.state.log_history
+    rows = list(trainer.state.log_history)  # before the evaluation below adds its own
     evaluation = trainer.evaluate()
     save_model(trainer, run / "model")
     after = compare.after(config, trainer, test_pairs)
