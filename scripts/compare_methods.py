@@ -43,8 +43,9 @@ def main() -> None:
             bar.update()
             if problem:
                 bar.write(f"{name}, seed {seed}: {problem}")
+    commits = sorted({path.read_text() for path in args.runs.glob("*/commit")})
     found = {name: [s for seed in args.seeds if (s := summary(args.runs, name, seed))] for name in args.only}
-    write(ROOT / "docs" / "methods.md", {n: s for n, s in found.items() if s}, args.steps, args.seeds)
+    write(ROOT / "docs" / "methods.md", {n: s for n, s in found.items() if s}, args.steps, args.seeds, commits)
 
 
 def run(runs: Path, name: str, seed: int, steps: int) -> str | None:
@@ -58,7 +59,15 @@ def run(runs: Path, name: str, seed: int, steps: int) -> str | None:
         [sys.executable, "-m", "tokenpo", *words],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    return None if done.returncode == 0 else done.stderr.strip().split("\n")[-1]
+    if done.returncode:
+        return done.stderr.strip().split("\n")[-1]
+    (folder / "commit").write_text(head())
+    return None
+
+
+def head() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    return found.stdout.strip()
 
 
 def summary(runs: Path, name: str, seed: int) -> dict[str, Any] | None:
@@ -66,26 +75,28 @@ def summary(runs: Path, name: str, seed: int) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def write(path: Path, found: dict[str, list[dict[str, Any]]], steps: int, seeds: Sequence[int]) -> None:
+def write(
+    path: Path, found: dict[str, list[dict[str, Any]]], steps: int, seeds: Sequence[int], commits: Sequence[str]
+) -> None:
     methods = all_methods()
     first = next(iter(found.values()))[0]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
     start = first["before"]
     lines = [
         "# Methods, measured",
         "",
         "Every method on the embedded model and pairs (402,304 parameters, 8192 pairs, 1000 held out), made by "
         f"`python scripts/compare_methods.py`: {steps} steps of 32 pairs, seeds {', '.join(map(str, seeds))}, "
-        f"commit {commit}, torch {first['versions']['torch']}, one CPU thread a run, two runs at a time.",
+        f"commits {', '.join(commits)}, torch {first['versions']['torch']}, one CPU thread a run, two runs at a time.",
         "",
         f"Before training: true reward {start['true_reward']:.2f} (std {start['true_reward_std']:.2f}), entropy "
         f"{start['entropy']:.2f} nats a token, accuracy 0.5. The best possible accuracy is {first['bayes_rate']:.3f}. "
         "*Accuracy* is that of the method's own implicit reward on held-out pairs, *true reward* the mean over 256 "
         "sampled texts with a 95% bootstrap interval, *rise* the same in standard deviations of the start, *KL* the "
         "exact KL(policy ‖ start) of whole texts. Seconds are those of one optimizer step, what was trained before it "
-        "left out; memory is the peak of the process, of which about 500 MB are imports.",
+        "left out, on a machine that other work shared, so take them as upper bounds; memory is the peak of the "
+        "process, imports included. What `mapl_intra` and `meet` rank is the same response after two prompts, and each "
+        "response after its own control: the ceiling does not apply to them. A KL far above the others means text that "
+        "fell apart.",
         "",
         "| method | accuracy | true reward | rise, std | KL, nats | entropy | s/step | peak MB | settings |",
         "|---|---|---|---|---|---|---|---|---|",
