@@ -165,3 +165,18 @@ def test_values_in_the_data_need_no_guide(model_folder, tmp_path):
     words = ["train", f"model={model_folder}", f"train={data}", f"output={run}", "max_steps=2", "samples=0"]
     assert main([*words, "loss.name=tgdpo"]) == 0
     assert not (run / "guide").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_is_named_by_its_row_before_training(bad, model_folder, tmp_path, capsys):
+    rows = make_pairs(8)
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            row[f"{side}_token_rewards"] = [0.1] * (len(row[side]) + 1)
+    rows[5]["rejected_token_rewards"][0] = bad
+    data, run = write_jsonl(tmp_path / "own.jsonl", rows), tmp_path / "run"
+    words = ["train", f"model={model_folder}", f"train={data}", f"output={run}", "max_steps=2", "samples=0"]
+    assert main([*words, "loss.name=tgdpo"]) == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "row 5" in error and "'rejected_token_rewards'" in error and "token 0" in error, error
+    assert not (run / "checkpoints").exists()

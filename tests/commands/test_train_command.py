@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_pairs, write_jsonl
+from tiny import make_model, make_pairs, make_tokenizer, write_jsonl
 
 from tokenpo.cli import main
 
@@ -170,3 +170,14 @@ def test_yaml_and_words_over_it(model_folder, pairs_file, tmp_path):
     )
     assert main(["train", str(file), f"output={tmp_path / 'yaml'}", "--loss.beta", "0.7", "max_length=96"]) == 0
     assert json.loads((tmp_path / "yaml" / "summary.json").read_text())["loss"]["beta"] == 0.7
+
+
+def test_the_reference_has_the_policys_dtype(pairs_file, tmp_path):
+    """Weights stored in bfloat16 train in float32; a reference read from the same folder is float32 too."""
+    folder, run = tmp_path / "narrow", tmp_path / "run"
+    make_model().to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    assert main(words(folder, pairs_file, run, f"reference=model:{folder}", "max_steps=2", "samples=2")) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["start"]["start/reference_difference"] == 0.0
+    assert summary["before"]["kl"] == pytest.approx(0.0, abs=1e-5)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenpo.commands.config import TrainConfig
+from tokenpo.commands.config import TrainConfig, weights_dtype
 from tokenpo.commands.loading import load_model
 
 
@@ -59,7 +59,7 @@ def before(config: TrainConfig, run: Path, trainer: Any, pairs: list[dict[str, A
         return json.loads(file.read_text())
     result = measure(config, trainer, pairs, trainer.reference)
     if trainer.is_world_process_zero():
-        file.write_text(json.dumps(result))
+        write_json(file, result)
     return result
 
 
@@ -73,7 +73,7 @@ def after(config: TrainConfig, trainer: Any, pairs: list[dict[str, Any]]) -> dic
     # The start knows no control tokens, so no KL of controlled text to it exists.
     if reference is None and trainer.loss.kind != "controlled_pairs":
         model = trainer.accelerator.unwrap_model(trainer.model)
-        load = functools.partial(load_model, dtype=config.dtype)
+        load = functools.partial(load_model, dtype=weights_dtype(config))
         mode = "adapter-off" if config.lora is not None else f"model:{config.model}"
         reference = make_reference(mode, model, load=load)
     return measure(config, trainer, pairs, reference)
@@ -134,6 +134,13 @@ def draw(run: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None
         with open(run / "samples.jsonl", "w", encoding="utf-8") as f:
             for a, b in zip(old, new, strict=True):
                 f.write(json.dumps({"prompt": b["prompt"], "before": a, "after": b}, ensure_ascii=False) + "\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written beside and moved into place: a kill leaves the old file or the new one."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(value, indent=2) + "\n")
+    draft.rename(path)
 
 
 def _mean(values: list[float]) -> float:

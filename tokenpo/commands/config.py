@@ -70,6 +70,11 @@ class TrainConfig:
     """Go on with an unfinished run of the same configuration in the output folder."""
 
 
+def weights_dtype(config: TrainConfig) -> str:
+    """That of the policy, so of its reference and teachers too: float32 where all weights train and none is set."""
+    return "float32" if config.dtype == "auto" and config.lora is None else config.dtype
+
+
 def preset(loss: str) -> dict[str, Any]:
     """Values that suit the embedded model and pairs, by loss: tiny models want large steps and a large beta.
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from tokenpo import __version__, methods
 from tokenpo.commands import compare
-from tokenpo.commands.config import TrainConfig
+from tokenpo.commands.compare import write_json
+from tokenpo.commands.config import TrainConfig, weights_dtype
 from tokenpo.commands.credit import attach_credit, check_credit, live_credit, missing_models
 from tokenpo.commands.first import check_teachers, load_teachers, missing_teachers, phase
 from tokenpo.commands.loading import DTYPES, load_model, load_tokenizer, model_folder, prepare_threads
@@ -107,7 +108,7 @@ def open_run(config: TrainConfig, loss: str) -> Path:
         if run.exists() and any(run.iterdir()):
             raise InputError(f"{run} is not empty and holds no run of tokenpo: choose another output")
         run.mkdir(parents=True, exist_ok=True)
-        _write_json(file, ours)
+        write_json(file, ours)
     return run
 
 
@@ -143,7 +144,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
         loss=loss.name,
         loss_args=arguments,
         reference=config.reference,
-        load_reference=lambda folder: load_model(folder, config.dtype),
+        load_reference=lambda folder: load_model(folder, weights_dtype(config)),
         credit=live_credit(config, loss, model, train_rows),
         teachers=teachers,
         callbacks=[ProgressLine(), clock],
@@ -180,7 +181,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         compare.show(summary, _say)
         compare.draw(run, [*rows, {"step": trainer.state.global_step, **evaluation}], summary)
-        _write_json(run / "summary.json", summary)
+        write_json(run / "summary.json", summary)
         texts = ", samples.jsonl" if after is not None else ""
         _say(f"written: {run}/ (model/, summary.json, metrics.jsonl, curves.png{texts})")
     return run
@@ -188,9 +189,9 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
 
 def load_policy(config: TrainConfig) -> Any:
     """The model that trains; with `lora`, a fresh adapter on it."""
+    model = load_model(config.model, weights_dtype(config))
     if config.lora is None:
-        return load_model(config.model, "float32" if config.dtype == "auto" else config.dtype)
-    model = load_model(config.model, config.dtype)
+        return model
     from peft import LoraConfig, get_peft_model
 
     options = {"r": config.lora, "lora_alpha": 2 * config.lora, "target_modules": "all-linear", **config.lora_options}
@@ -270,12 +271,6 @@ def versions() -> dict[str, str]:
 
     names = ("torch", "transformers", "accelerate", "peft", "datasets")
     return {"tokenpo": __version__, "python": platform.python_version(), **{n: version(n) for n in names}}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
-    draft.rename(path)
 
 
 def _say(text: str) -> None:

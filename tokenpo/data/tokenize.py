@@ -6,6 +6,7 @@ ids that the model never sees. The prompt is the common beginning of the tokenis
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -226,6 +227,9 @@ def _aligned(row: Mapping[str, Any], column: str, side: _Side, fill: float, plac
     values, size = row[column], len(side.ids)
     if not isinstance(values, list) or any(not isinstance(value, (int, float)) for value in values):
         raise InputError(f"{place}, column '{column}': must be a list of numbers, one per response token")
+    bad = next((t for t, value in enumerate(values) if not math.isfinite(value)), None)
+    if bad is not None:
+        raise InputError(f"{place}, column '{column}': token {bad} is {values[bad]}, it must be a finite number")
     if side.eos_added and len(values) == size - 1:
         return [*values, fill]
     if len(values) != size:
