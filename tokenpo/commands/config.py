@@ -119,10 +119,12 @@ EMBEDDED_LOSS: dict[str, dict[str, Any]] = {
 SPARSE: dict[str, Any] = {"learning_rate": 2e-4}
 UNPAIRED: dict[str, Any] = {"learning_rate": 3e-4}
 EMBEDDED_SETTINGS: dict[str, dict[str, Any]] = {
-    "mapl_intra": {"max_length": 192},
+    "mapl_intra": {"max_length": 192, "learning_rate": 1e-4},
+    "meet": {"learning_rate": 3e-3, "max_steps": 512},
     "sparsepo": SPARSE,
     "sparsepo_common": SPARSE,
     "kto": UNPAIRED,
     "apo_zero_unpaired": UNPAIRED,
 }
-"""Where a loss wants other settings: MAPL's prompts are long; without pairs no drift cancels, so steps are smaller."""
+"""Where a loss wants other settings: MAPL's prompts are long, and at 1e-3 its text falls apart; MEET has new embeddings
+to learn and half of its tokens a side; without pairs no drift cancels, so steps are smaller."""
