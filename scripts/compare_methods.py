@@ -139,8 +139,10 @@ def row(method: Method, runs: list[dict[str, Any]]) -> str:
 def page(method: Method) -> list[str]:
     import inspect
 
+    from tokenpo.commands.listing import needs_of
+
     text = inspect.getdoc(method.function) or ""
-    needs = ", ".join(method.needs) or "log-probs only"
+    needs = needs_of(method.kind, method.needs)
     defaults = ", ".join(f"{k}={v}" for k, v in method.defaults.items()) or "none"
     source = f"*{method.title}*, {method.paper}. Needs: {needs}. Defaults: {defaults}."
     return [f"### {method.name}", "", source, "", "```text", text, "```", ""]

@@ -1,4 +1,4 @@
-"""The command line: `tokenpo train | methods | score | generate`.
+"""The command line: `tokenpo train | methods | score | generate | cache`.
 
 Help and checks come from the typed configurations of `tokenpo.commands`. A user's mistake is one sentence on
 standard error and exit code 2.
@@ -19,8 +19,11 @@ from tokenpo.methods import nearest
 
 COMMANDS = {
     "train": "fine-tune a model on preference pairs:  tokenpo train [CONFIG.yaml] [key=value ...]",
+    "reward": "models that score tokens:  tokenpo reward train | score | eval",
     "score": "per-token log-probs, KL and implicit rewards:  tokenpo score MODEL DATA --output FILE",
-    "generate": "text from a model, sampled or by beam search:  tokenpo generate FOLDER --prompt TEXT",
+    "inspect": "heat maps of tokens and curves, one page:  tokenpo inspect [MODEL|RUN] [DATA] --credit NAME[,NAME]",
+    "generate": "text from a model, sampled or searched for:  tokenpo generate FOLDER --prompt TEXT",
+    "cache": "a reference that is computed once:  tokenpo cache build | verify | info",
     "methods": "what there is:  tokenpo methods [--json]",
 }
 
@@ -63,6 +66,16 @@ def _run(words: list[str]) -> int:
         from tokenpo.commands.train import train
 
         train(config)
+    elif command == "cache":
+        from tokenpo.commands.cache import run
+
+        run(rest, train_config)
+    elif command == "reward":
+        _reward(rest)
+    elif command == "inspect":
+        from tokenpo.commands.inspect import InspectConfig, inspect
+
+        inspect(parse(InspectConfig, "inspect", _positional(rest, ("model", "data"))))
     elif command == "score":
         from tokenpo.commands.score import ScoreConfig, score
 
@@ -72,6 +85,45 @@ def _run(words: list[str]) -> int:
 
         generate(parse(GenerateConfig, "generate", _positional(rest, ("model",))))
     return 0
+
+
+def _reward(words: list[str]) -> None:
+    """`tokenpo reward train | score | eval`."""
+    from tokenpo.commands import reward_config as configs
+
+    known = {"train": configs.RewardConfig, "score": configs.RewardScoreConfig, "eval": configs.RewardEvalConfig}
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: tokenpo reward train | score | eval ...\n\n`tokenpo reward train --help` lists its options.")
+        return
+    name, rest = words[0], words[1:]
+    if name not in known:
+        raise InputError(f"unknown command 'reward {name}'{nearest(name, known)}: it is one of {', '.join(known)}")
+    if name == "train":
+        config = reward_config(rest)  # before the imports below, which take seconds
+        from tokenpo.commands.reward import train
+
+        train(config)
+    elif name == "score":
+        from tokenpo.commands.reward_score import score
+
+        print(score(parse(configs.RewardScoreConfig, "reward score", _positional(rest, ("model", "data")))))
+    else:
+        from tokenpo.commands.reward_score import evaluate
+
+        evaluate(parse(configs.RewardEvalConfig, "reward eval", _positional(rest, ("model", "data"))))
+
+
+def reward_config(words: list[str]) -> Any:
+    """The configuration of `tokenpo reward train`; values that suit the embedded model and pairs underneath."""
+    from tokenpo.commands.reward_config import EMBEDDED, EMBEDDED_READING, RewardConfig
+
+    words = _positional(words, ("config",))
+    found = parse(RewardConfig, "reward train", words)
+    if found.model == "embedded" and found.train == "embedded":
+        found = parse(RewardConfig, "reward train", words, defaults=EMBEDDED)
+        usual = EMBEDDED_READING.get(str(found.reading.get("name")), {})
+        found = dataclasses.replace(found, reading={**usual, **found.reading})
+    return found
 
 
 def train_config(words: list[str]) -> Any:

@@ -7,6 +7,9 @@ a gradient path. Shapes: `x` and `mask` are `(B, T)` (or broadcast to one shape)
 
 from __future__ import annotations
 
+import typing
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -94,30 +97,54 @@ def segment_sum(x: Tensor, segments: Tensor, n_segments: int, mask: Tensor) -> T
     return zero.index_add(0, torch.where(mask, ids, 0).reshape(-1), select(x, mask).reshape(-1))
 
 
-AGGREGATIONS = ("token_mean", "token_sum", "row_mean_of_sums", "row_mean_of_means", "row_sums_over_length")
+Aggregation = Literal[
+    "token_mean", "token_sum", "row_mean_of_sums", "row_mean_of_means", "row_sums_over_length", "sum_over_length"
+]
+"""Ways from per-token losses to one number, named for what they do; see `aggregation_sums`."""
+AGGREGATIONS: tuple[str, ...] = typing.get_args(Aggregation)
+
+
+def unit_counts(mask: Tensor) -> dict[str, Tensor]:
+    """How many of each unit of `aggregation_sums` a batch holds; add them up over its parts, but for `once`, 1.
+
+    `tokens`: counted tokens. `rows`: all of them. `nonempty_rows`: those with a counted token.
+    """
+    one = torch.ones((), dtype=torch.int64, device=mask.device)
+    return {"tokens": mask.sum(), "rows": one * len(mask), "nonempty_rows": mask.any(-1).sum(), "once": one}
+
+
+def aggregation_sums(x: Tensor, mask: Tensor, mode: str, *, length: float | None = None) -> dict[str, Tensor]:
+    """Per-token losses `(B, T)` as unit -> sum: the loss is the sum over the count of its unit, of the whole batch.
+
+    | mode | unit | loss | elsewhere called |
+    |---|---|---|---|
+    | `token_mean` | tokens | sum / tokens | token-mean, dapo, bnpo |
+    | `token_sum` | once | sum | |
+    | `row_mean_of_sums` | nonempty_rows | mean of the rows' sums | seq-mean-token-sum |
+    | `row_mean_of_means` | nonempty_rows | mean of the rows' means | seq-mean-token-mean, grpo |
+    | `row_sums_over_length` | rows | mean of the rows' sums / `length` | dr_grpo |
+    | `sum_over_length` | once | sum / `length` | seq-mean-token-sum-norm |
+
+    `length`: a constant, such as the longest response allowed. A row without tokens is no row in a mean of rows; it
+    is one where the divisor is constant. `unit_counts` counts.
+    """
+    if mode not in AGGREGATIONS:
+        raise InputError(f"unknown aggregation '{mode}': choose one of {', '.join(AGGREGATIONS)}")
+    if mode.endswith("over_length"):
+        if length is None:
+            raise InputError(f"aggregation '{mode}' needs length=, the constant to divide by")
+        return {"rows" if mode.startswith("row") else "once": sum(x, mask) / length}
+    if mode == "row_mean_of_means":
+        return {"nonempty_rows": mean(x, mask, dim=-1).sum()}
+    return {{"token_mean": "tokens", "token_sum": "once"}.get(mode, "nonempty_rows"): sum(x, mask)}
 
 
 def aggregate(x: Tensor, mask: Tensor, mode: str, *, length: float | None = None, rows: Tensor | None = None,
               tokens: Tensor | None = None) -> Tensor:  # fmt: skip
-    """Per-token losses `(B, T)` to a scalar, by a mode named for what it does.
+    """Per-token losses `(B, T)` to a scalar, by a mode of `aggregation_sums`.
 
-    `token_mean`: sum / tokens. `token_sum`: sum. `row_mean_of_sums`: mean over rows of each row's sum.
-    `row_mean_of_means`: mean over rows of each row's mean. `row_sums_over_length`: mean over rows of
-    sum / `length`, a constant. `rows` and `tokens` are the counts to divide by, of a larger batch; left out:
-    rows with at least one token, and tokens, of this one.
+    `rows` and `tokens` are the counts to divide by, of a larger batch; left out: those of this one.
     """
-    if rows is None:
-        rows = mask.any(-1).sum().clamp(min=1)
-    if mode == "token_mean":
-        return mean(x, mask, denominator=tokens)
-    if mode == "token_sum":
-        return sum(x, mask)
-    if mode == "row_mean_of_sums":
-        return sum(x, mask) / rows
-    if mode == "row_mean_of_means":
-        return mean(x, mask, dim=-1).sum() / rows
-    if mode == "row_sums_over_length":
-        if length is None:
-            raise InputError("aggregation 'row_sums_over_length' needs length=, the constant to divide by")
-        return sum(x, mask) / rows / length
-    raise InputError(f"unknown aggregation '{mode}': choose one of {', '.join(AGGREGATIONS)}")
+    ((unit, total),) = aggregation_sums(x, mask, mode, length=length).items()
+    given = {"tokens": tokens, "rows": rows, "nonempty_rows": rows}.get(unit)
+    return total / (unit_counts(mask)[unit].clamp(min=1) if given is None else given)

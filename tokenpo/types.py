@@ -15,6 +15,7 @@ from torch import Tensor
 from tokenpo.errors import InputError, MissingInputError
 
 REMEDIES = {
+    "old_logps": "attach the log-probs at rollout time, or logps.detach() where every rollout is used for one update",
     "ref_logps": "score the rows with a reference model, or take a reference-free loss",
     "ref_kl": "ask the statistics for 'ref_kl'; it needs the reference's distribution, not only its log-probs",
     "policy_kl": "ask the statistics for 'policy_kl'; it needs the reference's distribution",
@@ -35,8 +36,10 @@ class TokenStats:
     `logps` of the taken token under the policy; `ref_logps` under the reference; `old_logps` under the
     policy at rollout time; `sampling_logps` under the engine that sampled. `entropy` of the policy's
     next-token distribution. `ref_kl` = KL(reference || policy) and `policy_kl` = KL(policy || reference),
-    over the full vocabulary. `token_rewards`, `token_weights` (on log-ratios) and `kl_weights` (on KLs): credit,
-    attached by the caller; so is `ref_risk`, a risk measure in the place of `ref_kl` (`tokenpo.losses.cvar_risk`).
+    over the full vocabulary. `top1` is 1 where no token is likelier than the taken one, `log_p2` the log of the
+    policy's sum of squared probabilities. `token_rewards`, `token_weights` (on log-ratios) and `kl_weights` (on
+    KLs): credit, attached by the caller; so is `ref_risk`, a risk measure in the place of `ref_kl`
+    (`tokenpo.losses.cvar_risk`).
     """
 
     mask: Tensor
@@ -47,6 +50,8 @@ class TokenStats:
     entropy: Tensor | None = None
     ref_kl: Tensor | None = None
     policy_kl: Tensor | None = None
+    top1: Tensor | None = None
+    log_p2: Tensor | None = None
     token_rewards: Tensor | None = None
     token_weights: Tensor | None = None
     kl_weights: Tensor | None = None

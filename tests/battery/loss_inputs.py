@@ -187,6 +187,19 @@ def implicit_prm(layout: Layout) -> Case:
     return of_sides(layout, {"stats": "chosen"}, {"rows": len(layout.rows)}, outcomes=outcomes)
 
 
+def critic(layout: Layout) -> Case:
+    inputs = {name: layout.values("chosen", name) for name in ("values", "old_values", "returns")}
+    mask = layout.mask("chosen")
+    return Case({**inputs, "mask": mask}, {"values": mask}, {"tokens": tokens_of(layout, "chosen")})
+
+
+def outcomes(layout: Layout) -> Case:
+    correct = layout.a_row([True, False, True, True])
+    lengths = torch.tensor(layout.lengths("chosen"), dtype=torch.int64)
+    counts = {"correct_tokens": int(lengths[correct].sum())}
+    return of_sides(layout, {"stats": "chosen"}, counts, correct=correct)
+
+
 BUILDERS: dict[str, Callable[[Layout], Case]] = {
     "supervised": supervised,
     "controlled_pairs": controlled_pairs,
@@ -200,6 +213,8 @@ BUILDERS: dict[str, Callable[[Layout], Case]] = {
     "token_class": token_classes,
     "changed_token_class": token_classes,
     "implicit_prm": implicit_prm,
+    "value": critic,
+    "outcome": outcomes,
 }
 
 

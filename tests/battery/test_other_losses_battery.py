@@ -11,8 +11,11 @@ from tokenpo.errors import MissingInputError
 from tokenpo.methods import Method, all_methods
 from tokenpo.types import TokenStats
 
-# Pairwise losses and credit have batteries of their own; advantages and marks are no losses.
-NOT_HERE = ("pairwise", "credit", "token_advantages", "token_marks")
+# Pairwise and policy-gradient losses and credit have batteries of their own; advantages and marks are no losses.
+NOT_HERE = (
+    "pairwise", "policy_gradient", "credit", "token_advantages", "token_marks", "reward_shaper", "estimator", "shaper",
+    "filter", "stages",
+)  # fmt: skip
 METHODS = {name: method for name, method in all_methods().items() if method.kind not in NOT_HERE}
 
 

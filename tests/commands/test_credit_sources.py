@@ -9,7 +9,7 @@ from tiny import make_model, make_pairs, make_tokenizer, write_jsonl
 
 from tokenpo.cli import main
 from tokenpo.commands.config import TrainConfig
-from tokenpo.commands.credit import SOURCES, attach_credit
+from tokenpo.commands.credit import attach_credit
 from tokenpo.commands.rows import load_rows
 from tokenpo.methods import get
 
@@ -108,7 +108,7 @@ def test_a_named_source_trains_under_tgdpo(name, model_folder, reward_folder, pa
     [
         (["loss.name=tgdpo", "credit.name=red"], ["red", "credit.model=FOLDER"]),
         (["loss.name=tgdpo", "credit.name=rad"], ["rad", "'red'"]),
-        (["loss.name=tgdpo", "credit.name=modified_tokens"], ["modified_tokens", "token_weights", "tgdpo"]),
+        (["loss.name=sparsepo", "credit.name=uniform"], ["uniform", "kl_weights", "sparsepo_common"]),
         (["loss.name=tgdpo", "credit.name=uniform", "credit.beta=1"], ["uniform", "beta"]),
         (["loss.name=dpo", "credit.name=uniform"], ["dpo"]),
         (["loss.name=tgdpo", "credit.name=span_severity"], ["row 0", "chosen_error_spans"]),
@@ -148,12 +148,6 @@ def test_another_tokenizer_is_refused(model_folder, reward_folder, pairs_file, t
     words = ["train", f"model={model_folder}", f"train={pairs_file}", f"output={tmp_path / 'o'}", "loss.name=tgdpo"]
     assert main([*words, "credit.name=red", f"credit.model={folder}"]) == 2
     assert "different tokenizers" in capsys.readouterr().err
-
-
-def test_every_source_is_tried_here_or_beside():
-    tried = {"uniform", "last_token", "red", "abc", "minimal_edits", "span_severity", "contrastive_prompt", "implicit"}
-    variants = {"red_full", "red_zero", "value_differences"}
-    assert set(SOURCES) == tried | variants | {"modified_tokens", "contrastive_scores"}
 
 
 def test_values_in_the_data_need_no_guide(model_folder, tmp_path):

@@ -77,6 +77,7 @@ def test_aggregations():
         "row_mean_of_sums": 14 / 2,
         "row_mean_of_means": (1.5 + 5.5) / 2,
         "row_sums_over_length": 14 / 2 / 10,
+        "sum_over_length": 14 / 10,
     }
     assert set(values) == set(masked.AGGREGATIONS)
     for mode, value in values.items():
@@ -87,6 +88,13 @@ def test_aggregations():
         masked.aggregate(X, M, "token_meen")
     with pytest.raises(InputError, match="length="):
         masked.aggregate(X, M, "row_sums_over_length")
+
+
+def test_rows_without_tokens_count_only_where_the_divisor_is_constant():
+    x, m = torch.cat([X, X[:1]]), torch.cat([M, EMPTY[:1]])
+    assert masked.unit_counts(m) == {"tokens": 4, "rows": 3, "nonempty_rows": 2, "once": 1}
+    assert masked.aggregate(x, m, "row_mean_of_sums") == 14 / 2
+    assert masked.aggregate(x, m, "row_sums_over_length", length=10).item() == pytest.approx(14 / 3 / 10)
 
 
 REDUCTIONS = {

@@ -43,11 +43,13 @@ from tokenpo.losses import (
     meet_loss,
     mismatched_kl,
     orpo_loss,
+    ppo_clip_loss,
     reverse_kl,
     simpo_loss,
     t_reg_loss,
     t_reg_simpo_loss,
     t_reg_static_loss,
+    value_loss,
 )
 from tokenpo.statistics import dense_token_stats
 from tokenpo.types import LossOutput, TokenStats
@@ -206,16 +208,16 @@ def rto(case: Case) -> None:
     white = masked.select((advantages - masked.mean(advantages, mask)) / deviation, mask)
     case.check("out_advantages", white)
     logps, values = case.leaf("logps"), case.leaf("new_values")
-    ratio, eps = (logps - case["old_logps"]).exp(), config["eps_clip"]
-    policy = -torch.minimum(ratio * white, ratio.clamp(1 - eps, 1 + eps) * white)
-    loss = masked.aggregate(policy, mask, "row_mean_of_means")
+    stats, eps = TokenStats(mask=mask, logps=logps, old_logps=case["old_logps"]), config["eps_clip"]
+    clips = {"clip_low": eps, "clip_high": eps, "dual_clip": None}
+    loss = ppo_clip_loss(stats, white, **clips, aggregation="row_mean_of_means").loss
     case.check("out_loss", loss)
     check_grad(case, loss, logps)
-    moved = case["values"] + (values - case["values"]).clamp(-config["value_clip"], config["value_clip"])
-    squares = torch.maximum((values - returns).square(), (moved - returns).square())
-    value_loss = 0.5 * masked.aggregate(squares, mask, "row_mean_of_means")
-    case.check("out_value_loss", value_loss)
-    check_grad(case, value_loss, values, "grad_new_values")
+    critic = value_loss(
+        values, case["values"], returns, mask, clip=config["value_clip"], aggregation="row_mean_of_means"
+    ).loss
+    case.check("out_value_loss", critic)
+    check_grad(case, critic, values, "grad_new_values")
     return None
 
 

@@ -14,12 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenpo.errors import InputError, MissingInputError
 from tokenpo.statistics import LinearHead, dense_token_stats, linear_token_stats
+from tokenpo.statistics import tiles
 from tokenpo.statistics.head import product_dtype
 from tokenpo.statistics.tiles import Plan
 
 N, D, D_REF, V = 7, 5, 4, 23
-OUTPUTS = ("logps", "entropy", "ref_kl", "policy_kl")
-SUBSETS = [subset for size in range(1, 5) for subset in combinations(OUTPUTS, size)]
+OUTPUTS = ("logps", "entropy", "ref_kl", "policy_kl", "log_p2")
+SUBSETS = [subset for size in range(1, 6) for subset in combinations(OUTPUTS, size)]
 # (bias, scale, softcap, temperature)
 SETTINGS = [(False, 1.0, None, 1.0), (True, 1.0, None, 0.7), (False, 0.3, 2.0, 1.0), (True, 1.9, 3.0, 1.3)]
 ONE_TILE = 1 << 30
@@ -105,6 +106,7 @@ def test_dense_by_hand():
     log2 = math.log(2)
     want = {"logps": -2 * log2, "ref_logps": -log2, "entropy": 1.5 * log2, "ref_kl": log2 / 4}
     want["policy_kl"] = log2 / 4
+    want["log_p2"] = math.log(1 / 4 + 1 / 16 + 1 / 16)
     for name, number in want.items():
         assert getattr(stats, name).item() == pytest.approx(number, abs=1e-6), name
     halved = dense_token_stats(logits, torch.zeros(1, 1).long(), one, temperature=0.5)
@@ -179,6 +181,94 @@ def test_tile_width_changes_nothing(width):
     assert not ours["ref_logps"].requires_grad
 
 
+@pytest.mark.parametrize("head_grows", [True, False])
+def test_blocks_of_rows_change_nothing(head_grows, monkeypatch):
+    monkeypatch.setattr(tiles, "BLOCK_ROWS", 3)  # N = 7: two blocks and a rest
+    for dtype, atol in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        hidden, head, tokens, ref = make(dtype=dtype)
+        frozen = LinearHead(head.weight.detach(), head.bias.detach())
+        keywords = dict(outputs=(*OUTPUTS, "ref_logps"), **ref)
+        values = linear_token_stats(hidden, head if head_grows else frozen, tokens, tile_bytes=bytes_for(5, 3), **keywords)
+        theirs = dense(hidden, head if head_grows else frozen, tokens, **keywords)
+        if head_grows:
+            assert_same(values, theirs, hidden, head, atol)
+            continue
+        mine, other = (torch.autograd.grad(sum(v.sum() for v in of.values()), hidden)[0] for of in (values, theirs))
+        torch.testing.assert_close(mine, other, atol=atol, rtol=0)
+
+
+def test_blocks_of_rows_in_half_precision(monkeypatch):
+    results = []
+    for rows in (2048, 40):
+        monkeypatch.setattr(tiles, "BLOCK_ROWS", rows)
+        hidden, head, tokens, _ = make(n=100, d=16, v=256, dtype=BF16)
+        values = linear_token_stats(hidden, head, tokens, outputs=["logps"], tile_bytes=1 << 14)
+        results.append([values["logps"], *gradients(values, hidden, head)])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype and (one - other).abs().max() <= 0.01 * one.abs().max()
+
+
+def test_top1_is_one_where_nothing_is_likelier():
+    """Rows of logits (0, 1, 3, 3, 2): the tied first tokens 2 and 3 count, also when they lie in different tiles."""
+    hidden = torch.ones(4, 1, dtype=torch.float64, requires_grad=True)
+    head = LinearHead(torch.tensor([[0.0], [1.0], [3.0], [3.0], [2.0]], dtype=torch.float64))
+    tokens = torch.tensor([2, 3, 4, 0])
+    for width in (1, 2, 3, 5):
+        budget = bytes_for(width, 4, 2)
+        values = linear_token_stats(hidden, head, tokens, outputs=["top1", "logps"], tile_bytes=budget)
+        assert values["top1"].tolist() == [1, 1, 0, 0] and not values["top1"].requires_grad
+        assert values["logps"].requires_grad
+    assert dense(hidden, head, tokens, ["top1"])["top1"].tolist() == [1, 1, 0, 0]
+
+
+def test_one_product_for_a_head_that_both_models_share():
+    hidden, head, tokens, ref = make(bias=False)
+    shared = LinearHead(head.weight.detach(), scale=1.7)  # another scale, one storage
+    ref_hidden = ref["ref_hidden"].new_ones(N, D)
+    results = []
+    for ref_head in (shared, LinearHead(shared.weight.clone(), scale=1.7)):
+        keywords = dict(outputs=("logps", "ref_kl"), ref_hidden=ref_hidden, ref_head=ref_head)
+        with Recorder() as recorder:
+            values = linear_token_stats(hidden, head, tokens, tile_bytes=ONE_TILE, **keywords)
+            grads = torch.autograd.grad((values["ref_kl"] * values["logps"]).sum(), (hidden, head.weight), retain_graph=True)
+        assert_same(values, dense(hidden, head, tokens, **keywords), hidden, head)
+        results.append((recorder.products, grads))
+    (products, _), (apart, _) = results
+    assert products == 1 + 1 + 2 and apart == 2 + 2 + 2
+
+
+def test_code_around_the_call_can_be_compiled():
+    hidden, head, tokens, ref = make()
+
+    def loss(hidden, weight, bias):
+        values = linear_token_stats(2 * hidden, LinearHead(weight, bias), tokens, outputs=OUTPUTS, **ref)
+        return sum((k * value).sum() for k, value in enumerate(values.values(), start=1)).tanh()
+
+    leaves = (hidden, head.weight, head.bias)
+    compiled = torch.compile(loss, backend="aot_eager")
+    for mine, other in zip(
+        torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*leaves), leaves), strict=True
+    ):
+        torch.testing.assert_close(mine, other, atol=1e-12, rtol=0)
+
+
+def test_a_padded_head_is_cut_to_the_smaller_vocabulary():
+    hidden, head, tokens, ref = make()
+    padded = LinearHead(torch.cat([ref["ref_head"].weight, torch.ones(3, D_REF)]), torch.zeros(V + 3), 1.3, 5.0)
+    with pytest.raises(InputError, match=r"the reference's 26: .* cut both by LinearHead.first\(23\)"):
+        linear_token_stats(hidden, head, tokens, outputs=["ref_kl"], ref_hidden=ref["ref_hidden"], ref_head=padded)
+    keywords = dict(outputs=OUTPUTS, ref_hidden=ref["ref_hidden"])
+    ours = linear_token_stats(hidden, head, tokens, ref_head=padded.first(V), **keywords)
+    banned = torch.cat([torch.zeros(V), torch.full((3,), -math.inf)]).double()
+    logits = (padded.logits(ref["ref_hidden"]) + banned)[:, :V]
+    ones = torch.ones(1, N, dtype=torch.bool)
+    stats = dense_token_stats(head.logits(hidden)[None], tokens[None], ones, ref_logits=logits[None], outputs=OUTPUTS)
+    assert_same(ours, {name: getattr(stats, name)[0] for name in OUTPUTS}, hidden, head)
+    for rows in (0, V + 4):
+        with pytest.raises(InputError, match=f"the first {rows} rows of a head with 26"):
+            padded.first(rows)
+
+
 def test_wide_tiles_are_multiples_of_64_unless_one_is_enough():
     hidden, head = torch.zeros(N, D), LinearHead(torch.zeros(300, D))
     widths = [Plan.of(("logps",), (hidden, head), None, 1.0, N * 8 * budget).width for budget in (100, 299, 300)]
@@ -231,9 +321,9 @@ def test_bfloat16_stays_within_the_documented_bound(hidden_dtype, weight_dtype):
     (values, grads), (exact, exact_grads) = results
     assert all(value.dtype == torch.float32 for value in values.values())
     assert all([g.dtype for g in pair] == [hidden_dtype, weight_dtype] for pair in grads.values())
-    for name, bound in {"logps": 0.02, "entropy": 0.04, "ref_kl": 0.015, "policy_kl": 0.015}.items():
+    for name, bound in {"logps": 0.02, "entropy": 0.04, "ref_kl": 0.015, "policy_kl": 0.015, "log_p2": 0.03}.items():
         assert (values[name] - exact[name]).abs().max() <= bound, name
-    for name, bound in {"logps": 0.01, "entropy": 0.03, "ref_kl": 0.06, "policy_kl": 0.06}.items():
+    for name, bound in {"logps": 0.01, "entropy": 0.03, "ref_kl": 0.06, "policy_kl": 0.06, "log_p2": 0.03}.items():
         for mine, other in zip(grads[name], exact_grads[name], strict=True):
             assert (mine - other).abs().max() <= bound * other.abs().max(), name
 
@@ -358,6 +448,7 @@ def test_no_rows_give_empty_values_with_a_gradient_path():
         ({"ref_hidden": torch.zeros(N - 1, D_REF)}, InputError, r"ref_hidden must be \(7, 4\)"),
         ({"hidden": torch.zeros(N, D + 1)}, InputError, r"hidden must be \(7, 5\) floats"),
         ({"temperature": 0.0}, InputError, "temperature must be positive"),
+        ({"skip_below": 1.0}, InputError, r"skip_below is a probability mass in \[0, 1\), got 1.0"),
     ],
 )
 def test_errors_name_the_thing(change, error, message):
@@ -375,5 +466,7 @@ def test_shapes_are_checked_in_dense_and_head():
         dense_token_stats(torch.zeros(1, 3, 5), torch.zeros(1, 3).long(), one, ref_logits=torch.zeros(1, 3, 4))
     with pytest.raises(InputError, match=r"softcap must be positive"):
         LinearHead(torch.zeros(V, D), softcap=0.0)
+    with pytest.raises(InputError, match=r"scale must be positive, got 0.0"):
+        LinearHead(torch.zeros(V, D), scale=0.0)
     with pytest.raises(InputError, match=r"bias is \(3,\) but weight has 23 rows"):
         LinearHead(torch.zeros(V, D), torch.zeros(3))

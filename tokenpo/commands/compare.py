@@ -57,7 +57,8 @@ def before(config: TrainConfig, run: Path, trainer: Any, pairs: list[dict[str, A
     file = run / "before.json"
     if file.exists():
         return json.loads(file.read_text())
-    result = measure(config, trainer, pairs, trainer.reference)
+    stored = trainer.reference is not None and trainer.reference.stored is not None
+    result = measure(config, trainer, pairs, None if stored else trainer.reference)  # a cache knows no sampled text
     if trainer.is_world_process_zero():
         write_json(file, result)
     return result
@@ -71,7 +72,7 @@ def after(config: TrainConfig, trainer: Any, pairs: list[dict[str, Any]]) -> dic
         return None
     reference = trainer.reference
     # The start knows no control tokens, so no KL of controlled text to it exists.
-    if reference is None and trainer.loss.kind != "controlled_pairs":
+    if (reference is None or reference.stored is not None) and trainer.loss.kind != "controlled_pairs":
         model = trainer.accelerator.unwrap_model(trainer.model)
         load = functools.partial(load_model, dtype=weights_dtype(config))
         mode = "adapter-off" if config.lora is not None else f"model:{config.model}"

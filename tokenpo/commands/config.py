@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass
@@ -27,7 +27,9 @@ class TrainConfig:
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "tdpo2"})
     """The loss by name, and its hyperparameters: --loss.name dpo --loss.beta 0.2. `tokenpo methods` lists them."""
     reference: str = "auto"
-    """auto, none, copy, adapter-off, adapter:NAME or model:FOLDER. auto: adapter-off under LoRA, else a frozen copy."""
+    """auto, none, copy, adapter-off, adapter:NAME, model:FOLDER or cache. auto: adapter-off under LoRA, else a copy."""
+    cache: dict[str, Any] = field(default_factory=dict)
+    """For reference=cache: {folder: FOLDER, keep: logps|hidden|topk, k: 64, of: auto, verify: 32}; none is needed."""
     credit: dict[str, Any] = field(default_factory=dict)
     """Token rewards for a loss that needs them: {name: implicit, model: FOLDER, beta: 0.1}; no model: trained first."""
     teachers: dict[str, Any] = field(default_factory=dict)
@@ -44,6 +46,10 @@ class TrainConfig:
     """Left out: 5e-7 for all weights, 1e-4 for LoRA."""
     batch_size: int = 8
     """Pairs per device and micro-batch."""
+    tokens_per_batch: int | None = None
+    """Micro-batches of like length with at most this many tokens, padding included, and at most batch_size pairs."""
+    share_prompts: bool | Literal["auto"] = "auto"
+    """Compute a prompt once for all its responses, with equal results: where the model can, true or false."""
     accumulate: int = 1
     """Micro-batches per optimizer step; the loss is exact over all of them."""
     epochs: float = 1.0

@@ -18,7 +18,7 @@ Changes = Callable[[TrainConfig], dict[str, Any]]
 
 def phase(config: TrainConfig, folder: Path, changes: Changes) -> TrainConfig:
     """The configuration of a run on the same pairs that comes before this one, in a folder of its own."""
-    plain = {"credit": {}, "teachers": {}, "output": str(folder), "samples": 0, "reference": "auto"}
+    plain = {"credit": {}, "teachers": {}, "output": str(folder), "samples": 0, "reference": "auto", "cache": {}}
     return dataclasses.replace(config, **{**plain, **changes(config)})
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenpo.commands.loading import load_model, load_tokenizer, model_folder, prepare_threads
+from tokenpo.commands.loading import load_model, load_tokenizer, model_folder, prepare_threads, require_tokenizer
 from tokenpo.data.control_tokens import CONTROLS, GOOD, control_length, controlled_prompt
 from tokenpo.errors import InputError
 
@@ -36,6 +36,14 @@ class GenerateConfig:
     """With --beam, the model that the policy was trained against: adds the implicit reward of every response."""
     beta: float = 0.1
     """With --beam, the beta that the policy was trained with: it scales scores and rewards."""
+    value_model: str | None = None
+    """Folder of a reward model, best one of reading 'values': guides a search by blocks; the response is its best."""
+    width: int = 8
+    """With --value_model, candidates a block."""
+    branch: int = 2
+    """With --value_model, candidates of each beam: width / branch beams go on."""
+    block: int = 16
+    """With --value_model, tokens sampled between two looks at the value."""
     control: str | None = None
     """good or bad, for a model trained with meet: which control stands before the prompt; left out: good."""
     seed: int = 0
@@ -58,11 +66,8 @@ def generate(config: GenerateConfig) -> None:
     rendered = _controlled([[{"role": "user", "content": p}] if config.chat else p for p in asked], tokenizer, config)
     model = load_model(config.model, config.dtype).eval()
     prepare_threads(model)
-    found = (
-        sampled(config, model, tokenizer, rendered)
-        if config.beam is None
-        else searched(config, model, tokenizer, rendered)
-    )
+    way = guided if config.value_model is not None else sampled if config.beam is None else searched
+    found = way(config, model, tokenizer, rendered)
     rows = [{"prompt": p, **answer} for p, answer in zip(asked, found, strict=True)]
     if config.output:
         Path(config.output).write_text(
@@ -84,6 +89,15 @@ def check(config: GenerateConfig) -> None:
         raise InputError("reference goes with a search: give --beam, or take --reference away")
     if config.beam is not None and (config.beam < 1 or config.n != 1 or not 0 < config.beta < float("inf")):
         raise InputError("a search needs beam of at least 1, a positive beta, and n=1: it has one best response")
+    if config.value_model is not None:
+        if config.beam is not None or config.n != 1:
+            raise InputError("value_model guides a search of its own, with one best response: take beam and n away")
+        if config.branch < 1 or config.width < config.branch or config.width % config.branch or config.block < 1:
+            raise InputError(
+                f"width must be a multiple of branch, and block at least 1, got width {config.width}, branch "
+                f"{config.branch}, block {config.block}"
+            )
+        model_folder(config.value_model)
     if config.control is not None and config.control not in CONTROLS:
         raise InputError(f"control must be good or bad, got '{config.control}'")
     if config.reference is not None:
@@ -118,6 +132,29 @@ def searched(config: GenerateConfig, model: Any, tokenizer: Any, prompts: list[A
             )[0]
         rows.append(row)
     return rows
+
+
+def guided(config: GenerateConfig, model: Any, tokenizer: Any, prompts: list[Any]) -> list[dict[str, Any]]:
+    """The response of highest value that a block-wise search found, its value, and the tokens sampled for it."""
+    from tokenpo.evaluation import value_guided_search, value_of
+    from tokenpo.reward_models import RewardModel
+
+    assert config.value_model is not None
+    require_tokenizer(config.value_model, tokenizer)
+    judge = RewardModel.from_pretrained(model_folder(config.value_model))
+    results = value_guided_search(
+        model, tokenizer, prompts, value_of(judge, batch_size=config.batch_size), width=config.width,
+        branch=config.branch, block=config.block, max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature, seed=config.seed, batch_size=config.batch_size,
+    )  # fmt: skip
+    return [
+        {
+            "response": tokenizer.decode(r.beams[0].token_ids, skip_special_tokens=True),
+            "value": r.beams[0].value,
+            "sampled_tokens": r.sampled_tokens,
+        }
+        for r in results
+    ]
 
 
 def _controlled(prompts: list[Any], tokenizer: Any, config: GenerateConfig) -> list[Any]:

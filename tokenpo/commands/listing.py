@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from tokenpo import methods
 
 PAGES = "docs/methods.md"
+NOTHING_MORE = {
+    "estimator": "rewards and groups only",
+    "shaper": "advantages and rewards only",
+    "filter": "advantages and rewards only",
+}
+"""What a method of a kind reads that declares no needs; log-probs for the others."""
+
+
+def needs_of(kind: str, needs: Sequence[str]) -> str:
+    """The needs of a method in words."""
+    return ", ".join(needs) or NOTHING_MORE.get(kind, "log-probs only")
 
 
 def rows() -> list[dict[str, Any]]:
@@ -40,5 +52,5 @@ def show(as_json: bool = False) -> None:
             defaults = " ".join(f"{k}={v}" for k, v in row["defaults"].items())
             print(f"  {row['name']:16} {row['summary']}")
             print(f"  {'':16} {row['title']}, {row['paper']}; {row['page']}")
-            print(f"  {'':16} needs: {', '.join(row['needs']) or 'log-probs only'};  defaults: {defaults or 'none'}")
+            print(f"  {'':16} needs: {needs_of(row['kind'], row['needs'])};  defaults: {defaults or 'none'}")
         print()

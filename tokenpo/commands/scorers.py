@@ -1,175 +1,254 @@
-"""Credit sources that read a reward model, attention weights, the two texts, or spans in the data, before training.
+"""Credit sources that take more than one registered function, or read what no other source reads.
 
-Each is a function (job, rows) -> (2P, T) token rewards of one batch: rows 0..P-1 chosen, P..2P-1 rejected. The
-sequence reward of a pair is 1 for the chosen and 0 for the rejected response, unless the data have columns
-`chosen_reward` and `rejected_reward`.
+Each is a function (reader, *, settings) -> (2P, T) token rewards or weights of one batch.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from tokenpo import credit
-from tokenpo.commands.loading import first_line, load_model, model_folder, prepare_threads, require_tokenizer
+from tokenpo.commands.reader import Job, Reader, batches, language_model, reward_model
 from tokenpo.errors import InputError
+from tokenpo.methods import Finite, Fraction, NonNegative, Positive, Range
 
-SEVERITIES = {"minor": 0, "major": 1, "critical": 2}
-Batch = dict[str, Tensor]
-Scorer = Callable[[Any, Batch, Sequence[dict[str, Any]]], Tensor]
-
-
-def compute(job: Any, scorer: Scorer) -> tuple[list[list[float]], list[list[float]]]:
-    """The values of every pair, in batches, as lists of the chosen and of the rejected tokens."""
-    from tqdm.auto import tqdm
-
-    from tokenpo.data import PreferenceCollator
-
-    collate, size = PreferenceCollator(pad_token_id=0), job.config.batch_size
-    found: tuple[list[list[float]], list[list[float]]] = ([], [])
-    for first in tqdm(range(0, len(job.rows), size), desc="token credit", unit="batch", mininterval=1.0):
-        picked = range(first, min(first + size, len(job.rows)))
-        rows = [{**job.pairs[i], **job.rows[i], "row": i} for i in picked]
-        batch = collate(rows)
-        values = scorer(job, batch, rows)
-        lengths = batch["response_lengths"].tolist()
-        for b, n in enumerate(lengths):
-            found[b // len(rows)].append(values[b, :n].tolist())
-    return found
+Count = Annotated[int, Range(0)]
 
 
-def response_mask(batch: Batch) -> Tensor:
-    lengths = batch["response_lengths"]
-    return torch.arange(int(lengths.max())) < lengths.unsqueeze(-1)
+def implicit(reader: Reader, *, beta: Positive | None = None) -> Tensor:
+    """beta * (guide - reference log-probs); beta left out: the loss's."""
+    beta = _beta(reader, beta)
+    return credit.implicit_rewards(reader("logps"), reader("ref_logps"), reader("mask"), beta=beta)
 
 
-def sequence_rewards(rows: Sequence[dict[str, Any]]) -> Tensor:
-    """(2P,) of the batch: the data's columns, or 1 and 0."""
-    sides = []
-    for side, usual in (("chosen", 1.0), ("rejected", 0.0)):
-        values = [row.get(f"{side}_reward", usual) for row in rows]
-        for row, value in zip(rows, values, strict=True):
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or value != value
-                or abs(value) == float("inf")
-            ):
-                raise InputError(f"row {row['row']}: {side}_reward must be a finite number, got {value!r}")
-        sides += values
-    return torch.tensor(sides, dtype=torch.float32)
+def _beta(reader: Reader, beta: float | None) -> float:
+    """That of the loss, which trains the guide too, unless another is given."""
+    return reader.job.beta if beta is None else beta
 
 
-def from_reward(function: Callable[[Tensor, Tensor], Tensor], job: Any, batch: Batch, rows: Sequence[Any]) -> Tensor:
-    return function(sequence_rewards(rows), response_mask(batch))
+def prime(reader: Reader, *, beta: Positive | None = None) -> Tensor:
+    """Process rewards of an implicit reward model, one trained on outcomes or with DPO; beta that of its training."""
+    beta = _beta(reader, beta)
+    return credit.prime_rewards(reader("logps"), reader("ref_logps"), reader("mask"), beta=beta)
 
 
-def from_prefix_values(function: Callable[..., Tensor], job: Any, batch: Batch, rows: Sequence[Any]) -> Tensor:
-    """RED and value differences: the reward model's head read at every position from the last prompt token on."""
-    model = reward_model(str(job.options["model"]), job.tokenizer)
-    body = getattr(model, model.base_model_prefix)
-    with torch.no_grad():
-        hidden = body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        values = model.score(hidden).squeeze(-1).float()
-    mask = response_mask(batch)
-    columns = batch["prompt_lengths"].unsqueeze(-1) - 1 + torch.arange(mask.shape[1] + 1)
-    options = {k: v for k, v in job.options.items() if k == "beta_c"}
-    return function(values.gather(1, columns.clamp(max=values.shape[1] - 1)), mask, **options)
+def prime_whole(reader: Reader, *, beta: Positive | None = None) -> Tensor:
+    """`prime` summed onto the last token."""
+    beta = _beta(reader, beta)
+    return credit.prime_whole_rewards(reader("logps"), reader("ref_logps"), reader("mask"), beta=beta)
 
 
-def abc(job: Any, batch: Batch, rows: Sequence[Any]) -> Tensor:
-    """The sequence reward spread by a model's own attention from the last token: the policy's start, or one named."""
-    model = attending_model(str(job.options.get("model") or job.config.model), job.config.dtype)
-    with torch.no_grad():
-        found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_attentions=True)
-    mask = response_mask(batch)
-    positions = (batch["prompt_lengths"].unsqueeze(-1) + torch.arange(mask.shape[1])).clamp(
-        max=batch["input_ids"].shape[1] - 1
-    )
-    return credit.abc_rewards(
-        sequence_rewards(rows), found.attentions[-1].float(), positions, mask, beta=job.options["beta"]
+def prime_returns(
+    reader: Reader,
+    *,
+    beta: Positive | None = None,
+    process_gamma: Fraction = 1.0,
+    outcome_gamma: Fraction = 1.0,
+    process_weight: NonNegative = 1.0,
+    outcome_weight: NonNegative = 1.0,
+) -> Tensor:
+    """PRIME's returns, the two responses of a pair being the group; not scaled by the batch, which has no meaning."""
+    return credit.prime_returns(
+        prime(reader, beta=beta),
+        reader("rewards"),
+        reader("group"),
+        reader("mask"),
+        process_gamma=process_gamma,
+        outcome_gamma=outcome_gamma,
+        process_weight=process_weight,
+        outcome_weight=outcome_weight,
     )
 
 
-def minimal_edits(job: Any, batch: Batch, rows: Sequence[Any]) -> Tensor:
-    """+1 on chosen tokens that the rejected response lacks, -1 on rejected tokens that the chosen one lacks."""
-    mask, ids, starts = response_mask(batch), batch["input_ids"], batch["prompt_lengths"]
-    columns = (starts.unsqueeze(-1) + torch.arange(mask.shape[1])).clamp(max=ids.shape[1] - 1)
-    tokens = ids.gather(1, columns)
-    other = torch.arange(len(mask)).roll(len(rows))
-    is_edited = torch.arange(len(mask)) < len(rows)
-    options = {k: v for k, v in job.options.items() if k in ("edited", "original", "unchanged")}
-    return credit.edit_rewards(tokens, tokens[other], is_edited, mask, mask[other], **options)
+def prime_released_returns(
+    reader: Reader,
+    *,
+    beta: Positive | None = None,
+    process_gamma: Fraction = 1.0,
+    outcome_gamma: Fraction = 1.0,
+    process_weight: NonNegative = 1.0,
+    outcome_weight: NonNegative = 1.0,
+) -> Tensor:
+    """`prime_returns` with the authors' process baseline."""
+    return credit.released_prime_returns(
+        prime(reader, beta=beta),
+        reader("rewards"),
+        reader("group"),
+        reader("mask"),
+        process_gamma=process_gamma,
+        outcome_gamma=outcome_gamma,
+        process_weight=process_weight,
+        outcome_weight=outcome_weight,
+    )
 
 
-def span_severity(job: Any, batch: Batch, rows: Sequence[Any]) -> Tensor:
-    """Error spans of the data: columns `chosen_error_spans`, `rejected_error_spans`, each {start, end, severity}."""
-    mask = response_mask(batch)
-    offsets, spans = [], []
-    for side in ("chosen", "rejected"):
-        for row in rows:
-            column = f"{side}_error_spans"
-            if row.get(column) is None:
-                raise InputError(
-                    f"row {row['row']}: credit 'span_severity' reads the column '{column}', which is missing"
-                )
-            spans.append([_span(row, column, span) for span in row[column]])
-            offsets.append(row[f"{side}_spans"])
-    width = max(1, *(len(s) for s in spans))
-    table = torch.tensor([s + [[0, 0, -1]] * (width - len(s)) for s in spans])
-    places = torch.tensor([o + [[-1, -1]] * (mask.shape[1] - len(o)) for o in offsets])
-    options = {k: v for k, v in job.options.items() if k in ("minor", "major", "critical", "correct")}
-    return credit.span_rewards(places.clamp(min=0), table, mask, **options)
+def bellman(reader: Reader, *, beta: Positive | None = None) -> Tensor:
+    """Rewards that make the guide optimal, its values from raw logits; beta left out: the loss's."""
+    beta = _beta(reader, beta)
+    values = beta * reader("log_partition")
+    return credit.bellman_rewards(reader("logps"), reader("ref_logps"), values, reader("mask"), beta=beta)
 
 
-def _span(row: dict[str, Any], column: str, span: Any) -> list[int]:
-    """One span as three numbers; outside the text, or of unknown severity, it is refused by row and column."""
-    text = row[column.replace("error_spans", "text")]
-    where = f"row {row['row']}, column '{column}'"
-    if not isinstance(span, dict) or not {"start", "end", "severity"} <= set(span):
-        raise InputError(f"{where}: a span has start, end and severity, got {span!r}")
-    if span["severity"] not in SEVERITIES:
-        raise InputError(f"{where}: severity {span['severity']!r} is none of {', '.join(SEVERITIES)}")
-    start, end = span["start"], span["end"]
-    if not (isinstance(start, int) and isinstance(end, int) and 0 <= start < end <= len(text)):
-        raise InputError(f"{where}: the span {start}..{end} lies outside the text of {len(text)} characters")
-    return [start, end, SEVERITIES[span["severity"]]]
+def expected_implicit(reader: Reader, *, beta: Positive | None = None) -> Tensor:
+    """-beta * KL(reference || guide) at each position; beta left out: the loss's."""
+    beta = _beta(reader, beta)
+    return credit.expected_implicit_rewards(reader("ref_kl"), reader("mask"), beta=beta)
 
 
-@functools.lru_cache(maxsize=2)
-def attending_model(name: str, dtype: str) -> Any:
-    """A causal model that returns attention weights."""
-    model = load_model(name, "float32" if dtype == "auto" else dtype)
-    model.set_attn_implementation("eager")
-    prepare_threads(model)
-    return model.eval()
+def gae(reader: Reader, *, gamma: Fraction = 1.0, lam: Fraction = 0.95) -> Tensor:
+    """Advantages of the sequence reward at the last token against a value model."""
+    return credit.gae(reader("token_rewards"), reader("values"), reader("mask"), gamma=gamma, lam=lam)[0]
 
 
-_REWARD_MODELS: dict[str, Any] = {}
+def rto_segment(
+    reader: Reader,
+    *,
+    dpo_coef: NonNegative = 0.05,
+    kl_coef: NonNegative = 0.01,
+    reward_coef: NonNegative = 1.0,
+    ends: str = ".!?\n",
+) -> Tensor:
+    """RTO paid at the tokens that hold a character of `ends`."""
+    mask = reader("mask")
+    texts = [row[f"{side}_text"] for side in ("chosen", "rejected") for row in reader.rows]
+    places = reader("token_offsets").tolist()
+    marks = [[any(c in ends for c in text[a:b]) for a, b in row] for text, row in zip(texts, places, strict=True)]
+    return credit.rto_segment_rewards(
+        reader("old_logps"),
+        reader("ref_logps"),
+        reader("dpo_logps"),
+        reader("rewards"),
+        mask,
+        mask & torch.tensor(marks),
+        dpo_coef=dpo_coef,
+        kl_coef=kl_coef,
+        reward_coef=reward_coef,
+    )
 
 
-def reward_model(name: str, tokenizer: Any) -> Any:
-    """A one-score sequence classifier from disk, whose tokenizer must be the policy's."""
-    if name in _REWARD_MODELS:
-        return _REWARD_MODELS[name]
-    from transformers import AutoModelForSequenceClassification
+def modified_tokens(reader: Reader, *, ignore: Sequence[str] = (), autojunk: bool = False) -> Tensor:
+    """1 at tokens that differ between the responses of a pair, else 0; the words of `ignore` are never marked."""
+    encode = reader.job.tokenizer
+    ids = [i for word in ignore for i in encode(word, add_special_tokens=False)["input_ids"]]
+    pairs = len(reader.rows)
+    tokens, mask = reader("tokens"), reader("mask")
+    sides = (tokens[:pairs], tokens[pairs:], mask[:pairs], mask[pairs:])
+    return torch.cat(credit.modified_tokens(*sides, ignore=ids, autojunk=autojunk))
 
-    folder = model_folder(name)
+
+def contrastive_prompt(
+    reader: Reader, *, better_template: str | None = None, worse_template: str | None = None
+) -> Tensor:
+    """The starting model (or the one named) scores each response after a request to improve and to degrade it."""
+    from tokenpo.data.prompt_variants import BETTER_TEMPLATE, WORSE_TEMPLATE, contrastive_prompts
+    from tokenpo.evaluation import as_batch, render_prompt
+    from tokenpo.statistics import response_stats
+
+    templates = {
+        "better_template": better_template or BETTER_TEMPLATE,
+        "worse_template": worse_template or WORSE_TEMPLATE,
+    }
+    model = language_model(reader.job, "model")
+    pairs = [(row, side) for side in ("chosen", "rejected") for row in reader.rows]
+    prompts = [contrastive_prompts(row["prompt"], row[side], **templates) for row, side in pairs]
+    responses = [row[f"{side}_ids"] for row, side in pairs]
+    scored = []
+    for way in (0, 1):
+        ids = [render_prompt(both[way], reader.job.tokenizer) for both in prompts]
+        with torch.no_grad():
+            scored.append(response_stats(model, as_batch(ids, responses, model.device)).logps.cpu())
+    return credit.contrastive_prompt_rewards(scored[0], scored[1], reader("mask"))
+
+
+def contrastive_scores(reader: Reader, *, contrast: NonNegative = 1.0) -> Tensor:
+    """1 - s on rejected tokens, s low where a model of good answers and one of bad answers part; 1 on chosen ones.
+
+    The two models are those named, or are trained first on the chosen and on the rejected responses.
+    """
+    from tokenpo.statistics import LinearHead, at_responses, hidden_before_head
+
+    pairs, mask = len(reader.rows), reader("mask")
+    logits = []
+    with torch.no_grad():
+        for key in ("positive", "negative"):
+            model = language_model(reader.job, key)
+            batch = {name: value[pairs:] for name, value in reader.on(model).items()}
+            rows = at_responses(hidden_before_head(model, batch), batch)
+            logits.append(LinearHead.of(model).logits(rows).cpu())
+    width = logits[0].shape[1]
+    tokens, counted = reader("tokens")[pairs:, :width], mask[pairs:, :width]
+    scores = credit.contrastive_scores(logits[0], logits[1], tokens, counted, beta=contrast)
+    rejected = torch.nn.functional.pad(1.0 - scores, (0, mask.shape[1] - width))
+    return torch.cat([torch.ones(pairs, mask.shape[1]), rejected])
+
+
+NORMALISER = ("w_mean", "w_std", "b_mean", "b_std")
+
+
+def segment_reward(
+    reader: Reader,
+    *,
+    threshold: NonNegative | None = None,
+    w_mean: Finite | None = None,
+    w_std: Finite | None = None,
+    b_mean: Finite | None = None,
+    b_std: Finite | None = None,
+    least_std: Positive | None = 0.1,
+    fit_pairs: Count = 2000,
+) -> Tensor:
+    """Segment rewards. What is left out is what a reward model trained on segments says of itself.
+
+    For another one `threshold` is 2 nats, of the model that training starts from or of `credit.reference`, and the
+    normaliser is fitted to the first `fit_pairs` training pairs; 0 normalises nothing. `least_std` is 0.1 here: a
+    fitted line may cross zero.
+    """
+    reading = reward_model(reader.job, "model").reading
+    if threshold is None:
+        threshold = reading.threshold
+    given = {"w_mean": w_mean, "w_std": w_std, "b_mean": b_mean, "b_std": b_std}
+    numbers = {name: value for name, value in given.items() if value is not None}
+    if not numbers and reading.normaliser is not None:
+        numbers = reading.normaliser._asdict()
+    if not numbers and fit_pairs:
+        numbers = reader.job.keep("normaliser", lambda: fit_normaliser(reader.job, threshold, fit_pairs))
+    values, entropy = _values_and_entropy(reader)
+    return credit.segment_rewards(values, entropy, reader("mask"), threshold=threshold, least_std=least_std, **numbers)
+
+
+def _values_and_entropy(reader: Reader) -> tuple[Tensor, Tensor]:
+    """(2P, T) each: the head at every token, and the entropy that cuts segments."""
+    model = reward_model(reader.job, "model")
+    with torch.no_grad():
+        outputs = model(reader.on(model))
+    own = outputs.entropy if "reference" not in reader.job.folders else None
+    return outputs.scalars[:, 1:].float().cpu(), reader("entropy") if own is None else own.float().cpu()
+
+
+def fit_normaliser(job: Job, threshold: float, pairs: int) -> dict[str, float]:
+    """The location-aware normaliser of the reward model at `threshold`."""
+    from tokenpo.reward_models import fit_location_normaliser
+
+    values, index, count = [], [], []
+    for reader in batches(job, pairs):
+        head, entropy = _values_and_entropy(reader)
+        segments = credit.entropy_segments(entropy, reader("mask"), threshold=threshold)
+        ends = credit.segment_ends(segments)
+        values.append(head[ends])
+        index.append(segments[ends])
+        count.append(ends.sum(-1, keepdim=True).expand(ends.shape)[ends])
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, RuntimeError) as reason:
-        raise InputError(f"cannot load a reward model from {folder}: {first_line(reason)}") from reason
-    if getattr(model, "score", None) is None or model.config.num_labels != 1:
+        return fit_location_normaliser(torch.cat(values), torch.cat(index), torch.cat(count))._asdict()
+    except InputError as reason:
         raise InputError(
-            f"{folder} is no reward model: a sequence classifier with one label and a 'score' head is needed"
-        )
-    require_tokenizer(folder, tokenizer)
-    prepare_threads(model)
-    _REWARD_MODELS[name] = model.eval()
-    return model
+            f"credit 'segment_reward': {reason}; lower credit.threshold, give {', '.join(NORMALISER)}, or fit_pairs=0"
+        ) from reason
+
+
+def token_values(reader: Reader) -> Tensor:
+    """What a reward model of tokenpo says of each token, as its own reading has it."""
+    model = reward_model(reader.job, "model")
+    return model.token_values(reader.on(model)).float().cpu()

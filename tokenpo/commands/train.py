@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
-import platform
 import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenpo import __version__, methods
+from tokenpo import methods
 from tokenpo.commands import compare
+from tokenpo.commands.cache import bounds, cached_reference, check_cache
 from tokenpo.commands.compare import write_json
 from tokenpo.commands.config import TrainConfig, weights_dtype
-from tokenpo.commands.credit import attach_credit, check_credit, live_credit, missing_models
+from tokenpo.commands.credit import attach_credit, check_credit, described, live_credit, missing_models
 from tokenpo.commands.first import check_teachers, load_teachers, missing_teachers, phase
 from tokenpo.commands.loading import DTYPES, load_model, load_tokenizer, model_folder, prepare_threads
 from tokenpo.commands.rows import load_rows
+from tokenpo.commands.runs import open_run, save_model, say, training_arguments, versions
 from tokenpo.errors import InputError
-
-UNCOMPARED = ("output", "resume")
-"""Fields that may differ between a killed run and the command that goes on with it."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -38,7 +34,7 @@ def train_first(config: TrainConfig, run: Path, loss: methods.Method, columns: S
     for name, changes in missing.items():
         if not (run / name / "summary.json").exists():
             before = phase(config, run / name, changes)
-            _say(f"no model given for '{name}': training one with {before.loss['name']} in {run / name}")
+            say(f"no model given for '{name}': training one with {before.loss['name']} in {run / name}")
             train(before)
 
 
@@ -53,6 +49,8 @@ def check(config: TrainConfig) -> methods.Method:
     for field in ("batch_size", "accumulate", "max_length", "log_every", "max_new_tokens", "control_tokens"):
         if getattr(config, field) < 1:
             raise InputError(f"{field} must be at least 1, got {getattr(config, field)}")
+    if config.tokens_per_batch is not None and config.tokens_per_batch < 1:
+        raise InputError(f"tokens_per_batch must be at least 1, got {config.tokens_per_batch}")
     if config.epochs <= 0 and config.max_steps < 1:
         raise InputError(f"epochs must be positive, got {config.epochs}: or give max_steps")
     if config.learning_rate is not None and not config.learning_rate > 0:
@@ -65,8 +63,9 @@ def check(config: TrainConfig) -> methods.Method:
         raise InputError(f"loss '{loss.name}' learns embeddings of new tokens, which an adapter lacks: leave lora out")
     check_credit(config, loss)
     check_teachers(config, loss)
+    check_cache(config, loss)
     model_folder(config.model)
-    _training_arguments(config, Path("unused"), n_rows=1)
+    training_arguments(config, Path("unused"), n_rows=1)
     return loss
 
 
@@ -80,36 +79,6 @@ def trainable(name: str) -> methods.Method:
     if name in methods.all_methods():
         raise InputError(f"'{name}' is a method of kind {methods.get(name).kind}, not a loss to train with")
     raise InputError(f"unknown loss '{name}'{methods.nearest(name, known)}")
-
-
-def open_run(config: TrainConfig, loss: str) -> Path:
-    """The run's folder: the one asked for, or runs/<loss>; an unfinished one again, never a finished one."""
-    wanted = Path(config.output or f"runs/{loss}")
-    run = wanted
-    number = 1
-    while (run / "summary.json").exists():
-        if config.output is not None:
-            raise InputError(f"{run} holds a finished run: choose another output, or remove it")
-        number += 1
-        run = wanted.with_name(f"{wanted.name}-{number}")
-    ours = {k: v for k, v in dataclasses.asdict(config).items() if k not in UNCOMPARED}
-    file = run / "config.json"
-    if file.exists():
-        before = json.loads(file.read_text())
-        differing = sorted(k for k in ours if before.get(k) != ours[k])
-        if differing:
-            raise InputError(
-                f"{run} holds an unfinished run whose {differing[0]} was {before.get(differing[0])!r}, now "
-                f"{ours[differing[0]]!r}: give another output, or remove the folder"
-            )
-        if not config.resume:
-            raise InputError(f"{run} holds an unfinished run: give another output, remove it, or let resume be true")
-    elif os.environ.get("RANK", "0") == "0":  # one process of several writes
-        if run.exists() and any(run.iterdir()):
-            raise InputError(f"{run} is not empty and holds no run of tokenpo: choose another output")
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(file, ours)
-    return run
 
 
 def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
@@ -135,26 +104,33 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     prepare_threads(model)
     arguments = {k: v for k, v in config.loss.items() if k != "name"}
     clock = StepClock()
+    settings = training_arguments(config, run, n_rows=len(train_rows))
+    reference: Any = config.reference
+    if reference == "cache":
+        kept = {"train": train_rows, "test": test_rows}
+        reference = cached_reference(config, loss, model, tokenizer, kept, settings)
     trainer = PreferenceTrainer(
         model,
-        _training_arguments(config, run, n_rows=len(train_rows)),
+        settings,
         train_dataset=train_rows,
         eval_dataset=test_rows,
         tokenizer=tokenizer,
         loss=loss.name,
         loss_args=arguments,
-        reference=config.reference,
+        reference=reference,
         load_reference=lambda folder: load_model(folder, weights_dtype(config)),
         credit=live_credit(config, loss, model, train_rows),
         teachers=teachers,
         callbacks=[ProgressLine(), clock],
+        share_prompts=config.share_prompts,
+        tokens_per_batch=config.tokens_per_batch,
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    _say(f"{loss.name} on {len(train_rows)} pairs, {len(test_rows)} held out; run folder {run}")
+    say(f"{loss.name} on {len(train_rows)} pairs, {len(test_rows)} held out; run folder {run}")
     before = compare.before(config, run, trainer, test_pairs)
     checkpoint = last_checkpoint(run / "checkpoints") if config.resume else None
     if checkpoint:
-        _say(f"going on from {checkpoint}")
+        say(f"going on from {checkpoint}")
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
@@ -164,7 +140,9 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     after = compare.after(config, trainer, test_pairs)
     summary = {
         "loss": {"name": loss.name, **loss.defaults, **arguments},
+        "credit": described(config, loss, run, splits[0][1].column_names),
         "reference": trainer.reference.mode if trainer.reference else "none",
+        "kl_bounds": bounds(trainer),
         "start": trainer.start,
         "steps": trainer.state.global_step,
         "seconds_training": round(seconds, 2),
@@ -179,11 +157,11 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     }
     if trainer.is_world_process_zero():
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        compare.show(summary, _say)
+        compare.show(summary, say)
         compare.draw(run, [*rows, {"step": trainer.state.global_step, **evaluation}], summary)
         write_json(run / "summary.json", summary)
         texts = ", samples.jsonl" if after is not None else ""
-        _say(f"written: {run}/ (model/, summary.json, metrics.jsonl, curves.png{texts})")
+        say(f"written: {run}/ (model/, summary.json, metrics.jsonl, curves.png{texts})")
     return run
 
 
@@ -199,79 +177,3 @@ def load_policy(config: TrainConfig) -> Any:
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
     except (TypeError, ValueError) as reason:
         raise InputError(f"lora_options: {reason}") from reason
-
-
-def save_model(trainer: Any, folder: Path) -> None:
-    """Model and tokenizer, written beside and moved into place, so that a failure leaves nothing half written."""
-    import shutil
-
-    from tokenpo.errors import TokenpoError
-
-    draft = folder.with_name(folder.name + ".part")
-    writes = trainer.is_world_process_zero()
-    if writes:
-        shutil.rmtree(draft, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    try:
-        trainer.save_model(str(draft))
-    except Exception as reason:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise TokenpoError(
-            f"could not write {folder} (is the disk full?): {reason}; the checkpoints are intact"
-        ) from reason
-    trainer.accelerator.wait_for_everyone()
-    if writes:
-        draft.rename(folder)
-
-
-def _training_arguments(config: TrainConfig, run: Path, n_rows: int) -> Any:
-    """transformers' arguments from ours; a field of `trainer` that it does not know is named."""
-    import math
-
-    import torch
-    from transformers import TrainingArguments
-
-    known = {f.name for f in dataclasses.fields(TrainingArguments)}
-    for key in config.trainer:
-        if key not in known:
-            raise InputError(f"trainer has no setting '{key}'{methods.nearest(key, known)}")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    per_epoch = max(1, math.ceil(n_rows / (config.batch_size * config.accumulate * world)))
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * per_epoch)
-    every = config.eval_every or max(1, math.ceil(steps / 10))
-    ours = {
-        "output_dir": str(run / "checkpoints"),
-        "learning_rate": config.learning_rate or (5e-7 if config.lora is None else 1e-4),
-        "per_device_train_batch_size": config.batch_size,
-        "per_device_eval_batch_size": config.batch_size,
-        "gradient_accumulation_steps": config.accumulate,
-        "num_train_epochs": config.epochs,
-        "max_steps": config.max_steps,
-        "logging_steps": config.log_every,
-        "eval_strategy": "steps",
-        "eval_steps": every,
-        "save_strategy": "steps",
-        "save_steps": config.save_every or every,
-        "save_total_limit": 2,
-        "seed": config.seed,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "use_cpu": not torch.accelerator.is_available(),  # said outright, or several CPU processes form no group
-        "weight_decay": 0.0,
-    }
-    try:
-        return TrainingArguments(**{**ours, **config.trainer})
-    except (TypeError, ValueError, ImportError) as reason:
-        raise InputError(f"trainer: {str(reason).strip().splitlines()[0]}") from reason
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "accelerate", "peft", "datasets")
-    return {"tokenpo": __version__, "python": platform.python_version(), **{n: version(n) for n in names}}
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

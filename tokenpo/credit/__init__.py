@@ -33,6 +33,7 @@ from tokenpo.credit.basic import (
     value_differences,
 )
 from tokenpo.credit.contrastive_prompts import contrastive_prompt_rewards
+from tokenpo.credit.convert import absolute_weights, min_max_weights, signed_rewards, softmax_weights, unsigned_rewards
 from tokenpo.credit.critical import (
     contrastive_scores,
     critical_weights,
@@ -121,6 +122,7 @@ __all__ = [
     "abc_rewards",
     "abc_weights",
     "absolute_shape",
+    "absolute_weights",
     "all_coalitions",
     "answer_f1",
     "bellman_rewards",
@@ -154,6 +156,7 @@ __all__ = [
     "matched_rewards",
     "mean_dual_level_advantages",
     "mildest_span_rewards",
+    "min_max_weights",
     "modified_positions",
     "modified_tokens",
     "mqm_score",
@@ -188,10 +191,12 @@ __all__ = [
     "segment_lengths",
     "segment_rewards",
     "shaping_terms",
+    "signed_rewards",
     "signs_outside",
     "soft_q_values",
     "soft_values",
     "softmax_shape",
+    "softmax_weights",
     "span_coverage",
     "span_rewards",
     "spread_by_weights",
@@ -206,6 +211,7 @@ __all__ = [
     "turn_index",
     "turn_rewards_at_ends",
     "uniform_rewards",
+    "unsigned_rewards",
     "value_differences",
     "whole_segment",
     "with_last_token",

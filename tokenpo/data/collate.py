@@ -24,8 +24,8 @@ class PreferenceCollator:
 
     `input_ids`, `attention_mask`: (2P, L) int64, L the longest row, rounded up to `pad_to_multiple_of`.
     `prompt_lengths`, `response_lengths`: (2P,) int64, at least 1 each.
-    `token_rewards`, `token_weights`: (2P, T) float32, T the longest response, zero at padding; there if the rows
-    have `chosen_<name>` and `rejected_<name>`, one number per response token. Other columns are left out.
+    `token_rewards`, `token_weights`, `kl_weights`: (2P, T) float32, T the longest response, zero at padding; there if
+    the rows have `chosen_<name>` and `rejected_<name>`, one number per response token. Other columns are left out.
 
     Errors: `InputError` that names the row, counted within the batch.
     """

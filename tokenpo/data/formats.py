@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SIDES = ("chosen", "rejected")
 COLUMNS = ("prompt", *SIDES)
-TOKEN_NAMES = ("token_rewards", "token_weights")
+TOKEN_NAMES = ("token_rewards", "token_weights", "kl_weights")
 TOKEN_COLUMNS = tuple(f"{side}_{name}" for side in SIDES for name in TOKEN_NAMES)
 EXPLICIT = {column: column for column in COLUMNS}
 _IGNORE = ', or ignore the prompt column with columns={"prompt": None}'
@@ -44,8 +44,8 @@ def load_preferences(
 
     `columns` says where a column comes from: `{"prompt": "question", "chosen": "best"}`; a column that had
     the wanted name before is dropped. `{"prompt": None}` ignores the prompt column, for data that repeats the
-    prompt inside both sides. It may also name `chosen_token_rewards`, `chosen_token_weights` and the same of
-    rejected: lists with one number per response token, see `tokenize_pair`.
+    prompt inside both sides. It may also name `chosen_token_rewards`, `chosen_token_weights`, `chosen_kl_weights`
+    and the same of rejected: lists with one number per response token, see `tokenize_pair`.
 
     Without a prompt column the prompt is the common beginning of both sides: for conversations the common
     leading messages, for strings the common prefix cut back to a whitespace. A space at the cut goes to the
@@ -57,7 +57,7 @@ def load_preferences(
     (0-based, within its file), for JSON lines the 1-based line, and column.
     """
     wanted = _wanted_names(columns)
-    parts = _read(source, split, [name for name in wanted.values() if name])
+    parts = read_source(source, split, [name for name in wanted.values() if name])
     if not any(len(part.rows) for part in parts):
         raise InputError(f"{parts[0].file or 'the dataset'} holds no rows")
     found = columns_of(parts)
@@ -119,7 +119,8 @@ def _wanted_names(columns: Mapping[str, str | None] | None) -> dict[str, str | N
     return {**EXPLICIT, **(columns or {})}
 
 
-def _read(source: Any, split: str, text_columns: Sequence[str]) -> list[Part]:
+def read_source(source: Any, split: str, text_columns: Sequence[str]) -> list[Part]:
+    """The parts of anything that `load_preferences` takes; `text_columns` stay strings in CSV."""
     from datasets import Dataset, DatasetDict
 
     if isinstance(source, (str, PathLike)):

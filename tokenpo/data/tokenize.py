@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Spans = list[tuple[int, int]]
 NO_SPAN = (-1, -1)
-EOS_VALUE = {"token_rewards": 0.0, "token_weights": 1.0}
+EOS_VALUE = {"token_rewards": 0.0, "token_weights": 1.0, "kl_weights": 1.0}
 
 
 class _Side(NamedTuple):
@@ -91,7 +91,7 @@ def tokenize_pair(
       `dropped`: how many tokens truncation took from `[prompt, chosen, rejected]`.
       `boundary_shift`: how many tokens of the prompt tokenised alone count as response, because in a whole text
         they are other tokens (merged, or rendered otherwise by a template). Both sides get the shorter prompt.
-      `<side>_token_rewards`, `<side>_token_weights`, if the row has them.
+      `<side>_token_rewards`, `<side>_token_weights`, `<side>_kl_weights`, if the row has them.
 
     Special tokens: strings get what the tokenizer adds, conversations what the template writes. Of several BOS
     at the beginning one stays, and a response does not begin with one. A string response ends with EOS, appended
@@ -100,7 +100,7 @@ def tokenize_pair(
     Truncation: a prompt longer than `max_prompt_length` keeps its end, and its BOS; then a row longer than
     `max_length` loses the end of the response, EOS included. None sets no limit.
 
-    `token_rewards` and `token_weights` have one number per response token before truncation and are cut with it.
+    These have one number per response token before truncation and are cut with it.
     If EOS was appended here and they are one short, it gets reward 0 and weight 1; other lengths are refused.
 
     Errors: `InputError` naming `file` and `row_index` if given: see `load_preferences`; a conversation without

@@ -1,4 +1,4 @@
-"""Reference models: the modes, and the check that a fresh policy agrees with its reference."""
+"""Reference models: the modes, the check that a fresh policy agrees with its reference, and the cache."""
 
 from tokenpo.reference.modes import MODES, Reference, disable_dropout, make_reference, start_difference, unwrap
 

@@ -5,11 +5,11 @@
 `adapter-off`     the policy's own base with its PEFT adapters disabled
 `adapter:<name>`  a frozen PEFT adapter of the policy, for a policy that starts from an adapter
 `none`            no reference: for losses that read none
+`cache`           values of one of these that were computed once and stored (`tokenpo.reference.cache`)
 `auto`            `none` where the loss reads none, else `copy`; for a PEFT policy `adapter-off` while its adapter is
                   fresh, and a frozen copy of the adapter it starts from where that was trained before
 
 All forwards run under `no_grad`, in the policy's own train/eval mode: dropout has to be off (`disable_dropout`).
-A cached reference joins here: another function from a batch to hidden states and a head.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenpo.errors import InputError
-from tokenpo.statistics import LinearHead, hidden_before_head, response_stats
+from tokenpo.statistics import LinearHead, PromptSharing, StoredValues, hidden_before_head, response_stats
 
+Scored = tuple[Tensor, LinearHead] | StoredValues
+"""Hidden states, (B, L, d) or at the response positions (N, d), and a head; or values of the taken tokens."""
 MODES = ("auto", "none", "copy", "adapter-off", "adapter:<name>", "model:<folder>")
 COPIED = "reference"
 """Name of the adapter that `auto` makes as the frozen copy of a trained one."""
@@ -35,16 +37,30 @@ CHANGED_BASE = ("pissa", "olora", "loftq", "corda")
 
 @dataclass(frozen=True)
 class Reference:
-    """A mode. `enter(policy)` is a context that gives the model to call; `equal_at_start`: a fresh policy agrees."""
+    """A mode. `enter(policy)` is a context that gives the model to call; `equal_at_start`: a fresh policy agrees.
+
+    `stored`: batch -> what was kept of the reference; then there is no model to call, and `enter` refuses.
+    """
 
     mode: str
     enter: Callable[[nn.Module], AbstractContextManager[nn.Module]]
     equal_at_start: bool
+    stored: Callable[[Mapping[str, Tensor]], Scored] | None = None
 
-    def score(self, policy: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, LinearHead]:
-        """The reference's hidden states before its head, and that head: what `response_stats` asks for."""
+    def score(self, policy: nn.Module, batch: Mapping[str, Tensor], sharing: PromptSharing | None = None) -> Scored:
+        """What `response_stats` asks of a reference: `states`, or what is stored, which costs no forward."""
+        return self.states(policy, batch, sharing) if self.stored is None else self.stored(batch)
+
+    def states(
+        self, policy: nn.Module, batch: Mapping[str, Tensor], sharing: PromptSharing | None = None
+    ) -> tuple[Tensor, LinearHead]:
+        """The reference's hidden states before its head, by a forward, and that head.
+
+        (B, L, d); with `sharing`, which computes prompts once, only those that predict response tokens, (N, d).
+        """
         with torch.no_grad(), self.enter(policy) as model:
-            return hidden_before_head(model, batch), LinearHead.of(model)
+            hidden = hidden_before_head(model, batch) if sharing is None else sharing.hidden(model, batch)
+            return hidden, LinearHead.of(model)
 
 
 def make_reference(

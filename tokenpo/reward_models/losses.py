@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenpo import masked
 from tokenpo.credit.basic import expect_shape
 from tokenpo.credit.edits import NOT_COUNTED, UNCHANGED
-from tokenpo.credit.segments import OUTSIDE, segment_ends
+from tokenpo.credit.segments import OUTSIDE, segment_ends, whole_segment
 from tokenpo.errors import InputError
 from tokenpo.losses.pairwise import Sides, log_ratio, logistic
 from tokenpo.methods import Positive, method
@@ -61,6 +61,30 @@ def segment_preference_loss(
         "pairs/without_segments": (~scored).float(),
     }
     return _output("pairs", per_pair, terms, metrics)
+
+
+@method(
+    "bradley_terry", kind="reward_model", golden=("segment_reward", "value_guided_search"), learns=("rm_values",),
+    title="Training language models to follow instructions with human feedback",
+    paper="https://arxiv.org/abs/2203.02155",
+)  # fmt: skip
+def bradley_terry_loss(
+    chosen_values: Tensor,
+    rejected_values: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    margin: Tensor | None = None,
+) -> LossOutput:
+    """The ordinary reward model loss: each response is scored by the head at its last counted token.
+
+        loss = mean_p -log sigmoid(value at the end of chosen p - value at the end of rejected p - margin_p)
+
+    `*_values` (P, T): the head at each response token; `*_mask` (P, T) bool. Gradient reaches the last tokens only,
+    but the head can be read at every prefix afterwards (`tokenpo.credit.red_rewards`). The rest as in
+    `segment_preference_loss`, of which this is the case of one segment.
+    """
+    segments = whole_segment(chosen_mask), whole_segment(rejected_mask)
+    return segment_preference_loss(chosen_values, rejected_values, *segments, margin)
 
 
 @method(

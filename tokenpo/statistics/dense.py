@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenpo.errors import InputError, MissingInputError
 from tokenpo.types import TokenStats
 
-OUTPUTS = ("logps", "entropy", "ref_kl", "policy_kl", "ref_logps")
+OUTPUTS = ("logps", "entropy", "ref_kl", "policy_kl", "log_p2", "ref_logps", "top1")
 REFERENCE_OUTPUTS = ("ref_kl", "policy_kl", "ref_logps")
 
 
@@ -28,6 +28,7 @@ def dense_token_stats(
     With log p and log q the log-softmax of `logits` and `ref_logits`:
     logps = log p[y]; entropy = -sum p log p;
     ref_kl = sum q (log q - log p); policy_kl = sum p (log p - log q).
+    top1 = 1 where no token is likelier than y (a tie counts), else 0, without gradient; log_p2 = log sum p^2.
     A term whose leading probability is zero counts as zero (q log q = 0 at q = 0).
 
     Args:
@@ -35,7 +36,7 @@ def dense_token_stats(
         tokens: (B, T) integer ids in [0, V) where `mask` is True.
         mask: (B, T) bool. Elsewhere logits and tokens may hold anything: those positions are taken out first.
         ref_logits: (B, T, V) of the reference, never differentiated. Gives `ref_logps`, asked for or not.
-        outputs: any of "logps" (always given), "entropy", "ref_kl", "policy_kl", "ref_logps".
+        outputs: any of "logps" (always given), "entropy", "ref_kl", "policy_kl", "ref_logps", "top1", "log_p2".
         temperature: divides both logits, > 0.
 
     Returns TokenStats (B, T) in float32, or float64 for float64 logits; zeros where `mask` is False, also for
@@ -69,6 +70,11 @@ def dense_rows(log_p: Tensor, log_q: Tensor | None, tokens: Tensor, outputs: Col
         rows["logps"] = log_p.gather(1, tokens[:, None])[:, 0]
     if "entropy" in outputs:
         rows["entropy"] = -_expected(log_p.exp(), log_p)
+    if "top1" in outputs:
+        taken = log_p.gather(1, tokens[:, None])[:, 0]
+        rows["top1"] = (taken >= log_p.amax(1)).to(log_p.dtype).detach()
+    if "log_p2" in outputs:
+        rows["log_p2"] = torch.logsumexp(2 * log_p, 1)
     if log_q is None:
         return rows
     if "ref_kl" in outputs:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenpo.errors import InputError
-from tokenpo.statistics.dense import check_outputs, scatter_rows
+from tokenpo.statistics.dense import REFERENCE_OUTPUTS, check_outputs, scatter_rows
 from tokenpo.statistics.head import LinearHead, output_module, product_dtype
+from tokenpo.statistics.layout import Batch, places_of, take
 from tokenpo.statistics.linear import linear_token_stats
+from tokenpo.statistics.stored import StoredValues, stored_stats
 from tokenpo.types import TokenStats
+
+if TYPE_CHECKING:
+    from tokenpo.statistics.shared import PromptSharing
 
 __all__ = [
     "ResponseStates",
@@ -28,9 +33,8 @@ __all__ = [
     "stats_of_states",
 ]
 
-Batch = Mapping[str, Tensor]
-Reference = Callable[[Batch], tuple[Tensor, LinearHead]]
-CARRIED = ("token_rewards", "token_weights")
+Reference = Callable[[Batch], tuple[Tensor, LinearHead] | StoredValues]
+CARRIED = ("token_rewards", "token_weights", "kl_weights")
 
 
 def response_stats(
@@ -40,6 +44,7 @@ def response_stats(
     *,
     reference: Reference | None = None,
     temperature: float = 1.0,
+    sharing: PromptSharing | None = None,
 ) -> TokenStats:
     """One forward of `model`, then the statistics of every response token; no logits are built.
 
@@ -54,8 +59,11 @@ def response_stats(
         outputs: any of "logps" (always given), "entropy", "ref_kl", "policy_kl", "ref_logps".
         reference: gives the reference's hidden states before its head (B, L, d) and that head, for example
             `lambda batch: (hidden_before_head(ref, batch), LinearHead.of(ref))`. Called before the model,
-            with gradients off; `ref_logps` is then always among the results.
+            with gradients off; `ref_logps` is then always among the results. A stored reference gives hidden states
+            at the response positions alone, (N, d), row by row, or `StoredValues` in place of states.
         temperature: divides both logits, > 0.
+        sharing: computes prompts that rows have in common once; the results are the same. It does not reach into
+            `reference`, which is given the batch as it is.
 
     Returns TokenStats (B, T) in float32 or wider, T the longest response, mask = t < response_lengths, zeros
     where it is False. A batch without any response token has a gradient path too.
@@ -64,7 +72,7 @@ def response_stats(
     "ref_kl", "policy_kl" or "ref_logps" is asked for without a reference.
     """
     check_outputs(outputs, reference is not None)
-    return stats_of_states(response_states(model, batch, reference), batch, outputs, temperature=temperature)
+    return stats_of_states(response_states(model, batch, reference, sharing), batch, outputs, temperature=temperature)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +81,7 @@ class ResponseStates:
 
     `mask` (B, T) bool. For its N True positions, row by row: `tokens` (N,) ids, `hidden` (N, d) the policy's states
     that predict them, with gradient, `ref_hidden` (N, d') the reference's, without; `head` and `ref_head` to match.
-    The two of the reference are None where there is none.
+    The two of the reference are None where there is none, or where `ref_values` are known of it instead.
     """
 
     mask: Tensor
@@ -82,30 +90,44 @@ class ResponseStates:
     head: LinearHead
     ref_hidden: Tensor | None = None
     ref_head: LinearHead | None = None
+    ref_values: StoredValues | None = None
 
 
-def response_states(model: nn.Module, batch: Batch, reference: Reference | None = None) -> ResponseStates:
+def response_states(
+    model: nn.Module, batch: Batch, reference: Reference | None = None, sharing: PromptSharing | None = None
+) -> ResponseStates:
     """One forward of `model`, after one of the reference; arguments and errors as in `response_stats`."""
-    places = _places(batch)
-    ref_rows = ref_head = None
+    places = places_of(batch)
+    ref_rows = ref_head = ref_values = None
     if reference is not None:
         with torch.no_grad():
-            ref_hidden, ref_head = reference(batch)
-            ref_rows = _take(ref_hidden, places, "the reference's")
+            given = reference(batch)
+            if isinstance(given, StoredValues):
+                ref_values = given
+            else:
+                ref_hidden, ref_head = given
+                ref_rows = take(ref_hidden, places, "the reference's")
         # older versions of torch would reuse casts made under no_grad and so cut the model's gradient
         torch.clear_autocast_cache()
-    rows = _take(hidden_before_head(model, batch), places, "the model's")
+    hidden = hidden_before_head(model, batch) if sharing is None else sharing.hidden(model, batch)
+    rows = take(hidden, places, "the model's")
     tokens = batch["input_ids"].flatten()[places.before + 1]
-    return ResponseStates(places.mask, tokens, rows, LinearHead.of(model), ref_rows, ref_head)
+    return ResponseStates(places.mask, tokens, rows, LinearHead.of(model), ref_rows, ref_head, ref_values)
 
 
 def stats_of_states(
     states: ResponseStates, batch: Batch, outputs: Sequence[str] = ("logps",), *, temperature: float = 1.0
 ) -> TokenStats:
     """The statistics of `response_stats` from what a forward left, and the token columns of the batch."""
-    names = {"logps", *check_outputs(outputs, states.ref_hidden is not None)}
+    stored = states.ref_values
+    asked = check_outputs(outputs, states.ref_hidden is not None or stored is not None)
+    names = {"logps", *asked}
     if states.ref_hidden is not None:
         names.add("ref_logps")
+    if stored is not None:
+        names -= set(REFERENCE_OUTPUTS)
+        if temperature != 1:
+            raise InputError(f"the reference's values were stored at temperature 1, not {temperature:g}: keep 'hidden'")
     values = linear_token_stats(
         states.hidden,
         states.head,
@@ -115,6 +137,8 @@ def stats_of_states(
         ref_head=states.ref_head,
         temperature=temperature,
     )
+    if stored is not None:
+        values |= stored_stats(stored, states.hidden, states.head, states.tokens, values["logps"], asked)
     columns = {name: scatter_rows(value, states.mask) for name, value in values.items()}
     columns |= {name: batch[name] for name in CARRIED if name in batch}
     return TokenStats(mask=states.mask, **columns)
@@ -125,8 +149,8 @@ def at_responses(values: Tensor, batch: Batch) -> Tensor:
 
     Zero past the end of a response. `batch` as in `response_stats`.
     """
-    places = _places(batch)
-    rows = _take(values.flatten(2) if values.dim() > 2 else values.unsqueeze(-1), places, "these")
+    places = places_of(batch)
+    rows = take(values.flatten(2) if values.dim() > 2 else values.unsqueeze(-1), places, "these")
     found = rows.new_zeros(*places.mask.shape, rows.shape[-1])
     found[places.mask] = rows
     return found.reshape(*places.mask.shape, *values.shape[2:])
@@ -135,7 +159,8 @@ def at_responses(values: Tensor, batch: Batch) -> Tensor:
 def hidden_before_head(model: nn.Module, batch: Batch) -> Tensor:
     """What the output head of `model` is given, (B, L, d), by one forward without the head's product.
 
-    The whole model is called, as DDP, FSDP and PEFT require; its head alone is replaced for that time. Under
+    The whole model is called, as DDP, FSDP and PEFT require, with `input_ids`, `attention_mask` and, if the batch has
+    them, `position_ids`; its head alone is replaced for that time. Under
     autocast the result is in autocast's dtype, as the head would see it.
 
     Raises InputError if the model has no head, calls it more than once, or adds positions of its own.
@@ -167,9 +192,8 @@ def _without_head(model: nn.Module, batch: Batch, **options: Any) -> tuple[Tenso
         return hidden[..., :1] + sum(anchors, start=hidden.new_zeros(()))
 
     with _forward_replaced(module, catch):
-        returned = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **options
-        )
+        names = ("input_ids", "attention_mask", "position_ids")
+        returned = model(**{name: batch[name] for name in names if name in batch}, use_cache=False, **options)
     if len(caught) != 1:
         raise InputError(f"{type(model).__name__} called its output head {len(caught)} times in a forward, not once")
     if caught[0].shape[:2] != batch["input_ids"].shape:
@@ -225,50 +249,6 @@ def _as_a_product_sees(hidden: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return hidden.to(torch.get_autocast_dtype(device))
     return hidden
-
-
-class _Places(NamedTuple):
-    """Where the responses are: `mask` (B, T), and for each True position the flat (B * L) index of the hidden
-    state that predicts it."""
-
-    mask: Tensor
-    before: Tensor
-    length: int
-
-
-def _places(batch: Batch) -> _Places:
-    ids, attended = batch["input_ids"], batch["attention_mask"]
-    prompts, responses = batch["prompt_lengths"], batch["response_lengths"]
-    rows, length = ids.shape
-    if attended.shape != ids.shape or prompts.shape != (rows,) or responses.shape != (rows,):
-        raise InputError(
-            f"input_ids {tuple(ids.shape)} and attention_mask {tuple(attended.shape)} must be (B, L), "
-            f"prompt_lengths {tuple(prompts.shape)} and response_lengths {tuple(responses.shape)} (B,)"
-        )
-    ends = prompts + responses
-    real = torch.arange(length, device=ids.device) < ends[:, None]
-    _refuse_rows(prompts < 1, "has no prompt token: the first response token needs one before it (BOS)")
-    _refuse_rows(responses < 0, "has a negative response length")
-    _refuse_rows(ends > length, f"has a prompt and a response that end beyond column {length}")
-    _refuse_rows((real & ~attended.bool()).any(1), "has padding before its end: pad on the right")
-    steps = torch.arange(int(responses.max()) if rows else 0, device=ids.device)
-    mask = steps < responses[:, None]
-    starts = torch.arange(rows, device=ids.device) * length + prompts - 1
-    return _Places(mask, (starts[:, None] + steps)[mask], length)
-
-
-def _refuse_rows(bad: Tensor, why: str) -> None:
-    if bad.any():
-        raise InputError(f"row {int(bad.nonzero()[0, 0])} {why}")
-
-
-def _take(hidden: Tensor, places: _Places, whose: str) -> Tensor:
-    """(N, d): the hidden states that predict response tokens."""
-    if hidden.dim() != 3 or hidden.shape[:2] != (places.mask.shape[0], places.length):
-        raise InputError(
-            f"{whose} hidden states are {tuple(hidden.shape)}, not ({places.mask.shape[0]}, {places.length}, d)"
-        )
-    return hidden.flatten(0, 1).index_select(0, places.before)
 
 
 @contextmanager

@@ -45,6 +45,8 @@ class LinearHead:
             raise InputError(f"LinearHead.weight must be (V, d), got shape {tuple(self.weight.shape)}")
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise InputError(f"LinearHead.bias is {tuple(self.bias.shape)} but weight has {self.weight.shape[0]} rows")
+        if not self.scale > 0:
+            raise InputError(f"LinearHead.scale must be positive, got {self.scale}")
         if self.softcap is not None and not self.softcap > 0:
             raise InputError(f"LinearHead.softcap must be positive or None, got {self.softcap}")
 
@@ -56,8 +58,11 @@ class LinearHead:
         disabled. Under FSDP2 the group that owns the head is gathered; call it after the forward. Logit
         scales and soft-caps come from the configuration; `head_matches_model` checks them against the model.
 
-        Raises InputError for adapters on the head, quantised, sharded or offloaded heads, and models
-        whose logits are no function of this form.
+        A head that is sharded otherwise (a DTensor, or under DeepSpeed ZeRO-3) is gathered into a copy that lives
+        until the backward pass; every process must then make this call.
+
+        Raises InputError for adapters on the head, quantised or offloaded heads, and models whose logits are
+        no function of this form.
         """
         module = output_module(model)
         for owner in (model, module):  # FSDP2 may have sharded the head again after the forward
@@ -65,11 +70,23 @@ class LinearHead:
         module = _active_copy(module)
         weight = _plain(module, "weight")
         bias = None if getattr(module, "bias", None) is None else _plain(module, "bias")
-        config = _text_config(model)
+        config = text_config(model)
         rows = getattr(config, "unpadded_vocab_size", None)  # Inkling drops the padding rows of its head
         if rows is not None:
             weight, bias = weight[:rows], None if bias is None else bias[:rows]
         return LinearHead(weight, bias, *_post_processing(config))
+
+    def first(self, rows: int) -> LinearHead:
+        """The head of vocabulary entries 0 to `rows` - 1 only, as if the logits of all others were -inf.
+
+        For models of one tokenizer whose heads are padded to different sizes: cut both to the smaller one. Log-probs
+        then leave out what the model gives to its padding rows. Gradient flows to the model's own parameters.
+        Raises InputError unless 0 < rows <= V.
+        """
+        if not 0 < rows <= self.weight.shape[0]:
+            raise InputError(f"cannot take the first {rows} rows of a head with {self.weight.shape[0]}")
+        bias = None if self.bias is None else self.bias[:rows]
+        return LinearHead(self.weight[:rows], bias, self.scale, self.softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Dense logits (..., V) of `hidden` (..., d), in float32 or wider: for small inputs and for tests."""
@@ -100,7 +117,7 @@ def output_module(model: nn.Module) -> nn.Module:
     module = get() if get is not None else None
     if module is None:
         raise InputError(f"{name} has no output embeddings: pass a causal language model, such as AutoModelForCausalLM")
-    config = _text_config(model)
+    config = text_config(model)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{name} is an encoder-decoder: only decoder-only language models are supported")
     kind = getattr(config, "model_type", None)
@@ -127,9 +144,10 @@ def _plain(module: nn.Module, name: str) -> Tensor:
     """`module.weight` or `module.bias` as an ordinary, whole, floating-point tensor."""
     value: Any = getattr(module, name, None)
     what = f"the output head's {name} ({type(module).__name__})"
-    sharded = hasattr(value, "full_tensor") or hasattr(value, "ds_id")  # DTensor, DeepSpeed ZeRO-3
-    if sharded or (isinstance(value, Tensor) and value.numel() == 0):
-        raise InputError(f"{what} is sharded: use DDP, ZeRO stage 1 or 2, or FSDP2 with the head in the root's group")
+    if hasattr(value, "full_tensor") or hasattr(value, "ds_id"):
+        value = _gathered(value)
+    if isinstance(value, Tensor) and value.numel() == 0:
+        raise InputError(f"{what} is empty here, as if sharded: use DDP, FSDP2, or ZeRO through DeepSpeed's own engine")
     if isinstance(value, Tensor) and value.device.type == "meta":
         raise InputError(f"{what} is offloaded: place the head on a device")
     if type(value) not in (Tensor, nn.Parameter) or value.dtype not in FLOAT_DTYPES:
@@ -138,7 +156,24 @@ def _plain(module: nn.Module, name: str) -> Tensor:
     return value
 
 
-def _text_config(model: Any) -> Any:
+def _gathered(value: Any) -> Tensor:
+    """The whole of a parameter of which this process holds a part, with a gradient path to that part.
+
+    Every process must call it. Gradients come back as FSDP and ZeRO want them: a DTensor's are averaged over its
+    mesh and cut to this process's part here; ZeRO stage 3 does both in its own hook on the parameter.
+    """
+    if hasattr(value, "full_tensor"):
+        from torch.distributed.tensor import Partial
+
+        return cast(Tensor, value.full_tensor(grad_placements=[Partial("avg")] * value.device_mesh.ndim))
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([value]):
+        return cast(Tensor, value.clone())  # the parameter is emptied again at the end of this block
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the language model inside wrappers, or None."""
     while not hasattr(model, "config") and hasattr(model, "module"):
         model = model.module
     config: Any = getattr(model, "config", None)

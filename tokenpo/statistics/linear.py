@@ -6,22 +6,27 @@ expectations that entropy and KL need); the backward pass rebuilds each tile and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from tokenpo.errors import InputError
 from tokenpo.statistics.dense import REFERENCE_OUTPUTS, check_outputs, check_temperature, check_tokens
-from tokenpo.statistics.gradient import TileGradient, propagate, row_weights
+from tokenpo.statistics.fold import finish, fold, heavy, log_masses, new_state
+from tokenpo.statistics.gradient import propagate, row_weights, tile_gradient
 from tokenpo.statistics.head import LinearHead
 from tokenpo.statistics.tiles import Plan, Sweep
 
-# On a CPU a tile should stay in the last cache; elsewhere fewer, larger products pay.
-TILE_BYTES_CPU, TILE_BYTES = 32 * 2**20, 512 * 2**20
+# On a CPU a tile should about stay in the last cache; elsewhere fewer, larger products pay.
+TILE_BYTES_CPU, TILE_BYTES = 40 * 2**20, 512 * 2**20
 
 
+@_disable_dynamo  # torch.compile leaves it as it is; the public decorator would import the compiler with tokenpo
 def linear_token_stats(
     hidden: Tensor,
     head: LinearHead,
@@ -32,37 +37,47 @@ def linear_token_stats(
     ref_head: LinearHead | None = None,
     temperature: float = 1.0,
     tile_bytes: int | None = None,
+    skip_below: float = 0.0,
 ) -> dict[str, Tensor]:
     """Statistics of `tokens` under softmax(head(hidden) / temperature), equal to `dense_token_stats`.
 
     With z the logits of a row, p and q the policy's and the reference's softmax, y the token, H the entropy:
     logps = log p[y]; entropy = -sum p log p;
-    ref_kl = sum q (log q - log p); policy_kl = sum p (log p - log q).
+    ref_kl = sum q (log q - log p); policy_kl = sum p (log p - log q);
+    top1 = 1 where no token is likelier than y (a tie counts), else 0; log_p2 = log S, S = sum p^2.
     Their gradient, built tile by tile, is linear in the upstream gradients g:
     dz = g_logp (onehot - p) + g_ref_kl (p - q) + g_policy_kl p (log p - log q - policy_kl)
-       - g_ent p (log p + H).
+       - g_ent p (log p + H) + 2 g_log_p2 p (p / S - 1); top1 has none.
 
     Args:
         hidden: (N, d). Gradient flows.
         head: V rows. Gradient flows to weight and bias if they require it; a frozen head costs no product.
         tokens: (N,) integer ids in [0, V).
-        outputs: any of "logps", "entropy", "ref_kl", "policy_kl", "ref_logps"; no product with the
-            reference's head is made unless one of the last three is asked for.
-        ref_hidden, ref_head: (N, d_ref) and a head with V rows, never differentiated.
+        outputs: any of "logps", "entropy", "ref_kl", "policy_kl", "ref_logps", "top1", "log_p2"; no product with
+            the reference's head is made unless one of its three is asked for.
+        ref_hidden, ref_head: (N, d_ref) and a head with V rows, never differentiated. If its weight is the
+            policy's own, both models' states are multiplied in one product.
         temperature: divides both logits, > 0.
-        tile_bytes: memory for one tile, by default 32 MiB on CPU and 512 MiB elsewhere. A tile has
-            tile_bytes / (N * b) columns, at least 1 and at most V, where b = s * (2 + 2 with a reference + 1
-            with a soft-cap) + the bytes of a half-precision operand, and s is 4, or 8 in float64. Beyond
-            that, the backward pass holds the gradients (hidden's in s bytes).
+        tile_bytes: memory for one tile, by default 40 MiB on CPU and 512 MiB elsewhere. A tile has
+            R = min(N, 2048) rows and tile_bytes / (R * b) columns, at least 1 and at most V, where
+            b = s * (2 + 2 with a reference + 1 with a soft-cap) + the bytes of a half-precision operand, and s is
+            4, or 8 in float64. Beyond that, the backward pass holds the gradients (hidden's in s bytes) and, for
+            N > 2048, one tile's part of the weight's in s bytes.
+        skip_below: in the backward pass, leave a row out of a span of the vocabulary (as wide as a tile) to which
+            policy and reference both give it less than this probability, unless its own token lies there. 0, the
+            default, leaves nothing out.
 
-    Returns the asked outputs by name, each (N,), in nats; float32, or float64 if the products are. N = 0
-    gives empty tensors with a gradient path.
+    Returns the asked outputs by name, each (N,), in nats (top1: 0 or 1); float32, or float64 if the products are.
+    N = 0 gives empty tensors with a gradient path.
 
     Products run in one dtype (`product_dtype`: bfloat16 hidden states with a float32 weight multiply in
     bfloat16, as under autocast), sums and exponentials in float32 or wider. Half-precision products round
     each logit, as the model's own head does. Measured in bfloat16 on CPU against float64 with the same
     operands (N = 512, d = 256, V = 8192, logits of standard deviation 2): logps within 0.02, entropy 0.04,
     KLs 0.015; gradients within 0.01 (logps), 0.03 (entropy), 0.06 (KLs) of their largest entry.
+
+    On CUDA a Triton kernel reads each tile once, forwards and backwards; elsewhere plain torch does the same.
+    Code around this call may be compiled: torch.compile leaves the call itself as it is.
 
     Raises InputError on shapes, ids, names, or heads with different numbers of rows; MissingInputError if a
     reference output has no reference.
@@ -71,6 +86,8 @@ def linear_token_stats(
         raise InputError("ref_hidden and ref_head belong together: pass both or neither")
     names = check_outputs(outputs, ref_head is not None)
     check_temperature(temperature)
+    if not 0 <= skip_below < 1:
+        raise InputError(f"skip_below is a probability mass in [0, 1), got {skip_below}")
     _check_operands(hidden, head, tokens, "")
     check_tokens(tokens, head.weight.shape[0])
     reference = None
@@ -81,7 +98,7 @@ def linear_token_stats(
             reference = (ref_hidden, ref_head)
     if tile_bytes is None:
         tile_bytes = TILE_BYTES_CPU if hidden.device.type == "cpu" else TILE_BYTES
-    plan = Plan.of(names, (hidden, head), reference, temperature, tile_bytes)
+    plan = Plan.of(names, (hidden, head), reference, temperature, tile_bytes, skip_below)
     tensors = [hidden, head.weight, head.bias, None, None, None]
     if reference is not None:
         constants = (reference[0], reference[1].weight, reference[1].bias)
@@ -104,103 +121,71 @@ def _check_vocabularies(head: LinearHead, ref_head: LinearHead) -> None:
     own, other = head.weight.shape[0], ref_head.weight.shape[0]
     if own != other:
         raise InputError(
-            f"the policy's head has {own} rows and the reference's {other}: both must score one vocabulary, "
-            "so use a reference with the same tokenizer and the same padding of its embeddings"
+            f"the policy's head has {own} rows and the reference's {other}: both must score one vocabulary. If they "
+            f"share a tokenizer and differ in padding, cut both by LinearHead.first({min(own, other)})"
         )
 
 
-# row constants that the backward pass needs
-_KEPT = ("peak_p", "log_p", "peak_q", "log_q", "entropy", "policy_kl")
+# row values that the backward pass needs
+_KEPT = ("shift_p", "shift_q", "entropy", "policy_kl", "log_p2")
 
 
 class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, tokens: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        rows = _scan(Sweep(plan, tensors), tokens)
+        rows, counts = _scan(Sweep(plan, tensors), tokens)
         ctx.plan = plan
-        ctx.save_for_backward(tokens, *tensors, *(rows.get(name) for name in _KEPT))
+        ctx.save_for_backward(tokens, counts, *tensors, *(rows.get(name) for name in _KEPT))
         ctx.set_materialize_grads(False)
-        if "ref_logps" in plan.outputs:
-            ctx.mark_non_differentiable(rows["ref_logps"])
+        ctx.mark_non_differentiable(*(rows[name] for name in ("ref_logps", "top1") if name in plan.outputs))
         return tuple(rows[name] for name in plan.outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tokens, *saved = ctx.saved_tensors
+        tokens, counts, *saved = ctx.saved_tensors
         tensors, kept = saved[:6], _present(_KEPT, saved[6:])
         upstream = _present(ctx.plan.outputs, grads)
-        needs_reference = "ref_kl" in upstream or "policy_kl" in upstream
-        plan = ctx.plan if needs_reference else ctx.plan._replace(reference=None)
+        plan = ctx.plan
+        if not ("ref_kl" in upstream or "policy_kl" in upstream):
+            plan = plan._replace(reference=None, shared=False)
         weights = row_weights(upstream, kept, gain=plan.policy.scale / plan.temperature)
-        gradient = TileGradient(Sweep(plan, tensors), tokens, weights, kept)
-        return None, None, *propagate(gradient, ctx.needs_input_grad[2:5]), None, None, None
+        differentiate = _tile_functions(plan, tokens.device)[1]
+        found = propagate(Sweep(plan, tensors), tokens, weights, ctx.needs_input_grad[2:5], differentiate, counts)
+        return None, None, *found, None, None, None
 
 
 def _present(names: Sequence[str], values: Sequence[Tensor | None]) -> dict[str, Tensor]:
     return {name: value for name, value in zip(names, values, strict=True) if value is not None}
 
 
-def _scan(sweep: Sweep, tokens: Tensor) -> dict[str, Tensor]:
-    """The outputs and the row constants of the backward pass, each (N,), in one sweep.
+def _tile_functions(plan: Plan, device: torch.device) -> tuple[Callable[..., None], Callable[..., Tensor]]:
+    """What reads a tile forwards and backwards: plain torch, or Triton where it runs and sums are in float32."""
+    runs_triton = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    if not runs_triton or plan.dtype != torch.float32 or find_spec("triton") is None:
+        return fold, tile_gradient
+    from tokenpo.statistics import triton_tiles
 
-    With x = z_p - peak_p and y = z_q - peak_q, every sum holds e^x or e^y times at most the difference y - x:
-    nothing of the size of the logits themselves is ever added up. When a peak rises, the sums are rescaled.
-    """
-    plan, policy, reference = sweep.plan, sweep.policy, sweep.reference
-    zero = torch.zeros(tokens.shape, dtype=plan.dtype, device=tokens.device)
-    peak_p = peak_q = torch.full_like(zero, torch.finfo(plan.dtype).min)
-    sum_p = sum_q = taken_p = taken_q = sum_x = sum_p_diff = sum_q_diff = zero
-    for start, stop in sweep.tiles():
-        x = sweep.logits(policy, start, stop, "x")
-        taken_p = _pick(x, tokens - start, taken_p)
-        peak_p, drop_p = _shift(x, peak_p)
-        exp_p = torch.exp(x, out=sweep.buffer("exp_p", stop - start))
-        if reference is not None:
-            y = sweep.logits(reference, start, stop, "y")
-            taken_q = _pick(y, tokens - start, taken_q)
-            peak_q, drop_q = _shift(y, peak_q)
-            exp_q = torch.exp(y, out=sweep.buffer("exp_q", stop - start))
-            tile_q, drift = exp_q.sum(1), drop_q - drop_p
-            y.sub_(x)
-            if "ref_kl" in plan.outputs:
-                terms = _dot(exp_q, y, exp_q, sweep.may_forbid)
-                sum_q_diff = drop_q.exp() * (sum_q_diff + drift * sum_q) + terms
-            if "policy_kl" in plan.outputs:
-                terms = _dot(exp_p, y, y, sweep.may_forbid)
-                sum_p_diff = drop_p.exp() * (sum_p_diff + drift * sum_p) + terms
-            sum_q = drop_q.exp() * sum_q + tile_q
-        if "entropy" in plan.outputs:
-            terms = _dot(exp_p, x, x, sweep.may_forbid)
-            sum_x = drop_p.exp() * (sum_x + drop_p * sum_p) + terms
-        sum_p = drop_p.exp() * sum_p + exp_p.sum(1)
-    # sums nobody asked for stayed zero; their rows below are neither returned nor used
-    log_p, log_q = sum_p.log(), sum_q.log()
-    rows = {"peak_p": peak_p, "log_p": log_p, "logps": taken_p - peak_p - log_p}
-    rows["entropy"] = log_p - sum_x / sum_p
-    if reference is not None:
-        rows |= {"peak_q": peak_q, "log_q": log_q, "ref_logps": taken_q - peak_q - log_q}
-        rows["ref_kl"] = sum_q_diff / sum_q - log_q + log_p
-        rows["policy_kl"] = log_q - log_p - sum_p_diff / sum_p
-    return rows
+    return triton_tiles.fold, triton_tiles.tile_gradient
 
 
-def _pick(logits: Tensor, offsets: Tensor, taken: Tensor) -> Tensor:
-    """`taken` (N,), overwritten by logits[n, offsets[n]] where the offset lies in this tile."""
-    inside = (offsets >= 0) & (offsets < logits.shape[1])
-    column = torch.where(inside, offsets, 0)[:, None]
-    return torch.where(inside, logits.gather(1, column)[:, 0], taken)
-
-
-def _shift(logits: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
-    """The risen peak and old minus new; `logits` loses the new peak in place."""
-    risen = torch.maximum(peak, logits.amax(1))  # finite from the start, so never -inf - (-inf)
-    logits.sub_(risen[:, None])
-    return risen, peak - risen
-
-
-def _dot(weights: Tensor, values: Tensor, out: Tensor, may_forbid: bool) -> Tensor:
-    """sum_v weights * values per row, terms written to `out`; 0 * inf counts as 0 if it may occur."""
-    nothing = weights == 0 if may_forbid else None
-    terms = torch.mul(weights, values, out=out)
-    return (terms if nothing is None else terms.masked_fill_(nothing, 0)).sum(1)
+def _scan(sweep: Sweep, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The row values of `finish`, in one sweep; with `skip_below`, also which rows count in which span, (spans, N)."""
+    plan = sweep.plan
+    add_tile = _tile_functions(plan, tokens.device)[0]
+    state = new_state(len(tokens), plan.dtype, tokens.device)
+    masses = []
+    for start, stop in sweep.spans():
+        before = state.clone() if plan.skip_below else None
+        for tile in sweep.tiles(start, stop):
+            add_tile(sweep, tile, tokens, state)
+        if before is not None:
+            masses.append(log_masses(before, state))
+    rows = finish(state, sweep.reference is not None)
+    if not plan.skip_below:
+        return rows, None
+    counts = [
+        heavy(mass, rows, plan.skip_below) | ((tokens >= start) & (tokens < stop))
+        for mass, (start, stop) in zip(masses, sweep.spans(), strict=True)
+    ]
+    return rows, torch.stack(counts)

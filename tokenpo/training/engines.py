@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tokenpo import masked
 from tokenpo.losses import mismatched_kl
 from tokenpo.methods import Method
-from tokenpo.statistics import at_responses, response_states, response_stats
-from tokenpo.types import LossOutput
+from tokenpo.statistics import response_states, response_stats
+from tokenpo.types import LossOutput, TokenStats
 
 if TYPE_CHECKING:
     from tokenpo.training.trainer import PreferenceTrainer
@@ -32,6 +32,35 @@ TEACHERS = {"dpo_logits": "dpo", "rdpo_logits": "reverse", "ref_logits": "refere
 def pairwise(trainer: PreferenceTrainer, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
     """`loss(chosen, rejected)` on the statistics of both sides."""
     return trainer.loss_function(*trainer.pair_stats(model, batch))
+
+
+def pairwise_with_prompt(trainer: PreferenceTrainer, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
+    """`loss(chosen, rejected, prompt)`: the statistics of both sides, and of the prompt as the chosen rows read it.
+
+    One forward: in a chosen row everything after the first token counts as response, then prompt and response part.
+    No reference and no credit, which this kind of loss does not read.
+    """
+    real, pairs = ~batch["filler"], len(batch["filler"])
+    prompts, responses = batch["prompt_lengths"], batch["response_lengths"]
+    is_chosen = torch.arange(len(prompts), device=prompts.device) < pairs
+    starts = torch.where(is_chosen, 1, prompts)
+    rows = {**batch, "prompt_lengths": starts, "response_lengths": prompts + responses - starts}
+    whole = response_stats(model, rows, trainer.outputs, sharing=trainer.sharing)
+    before = (prompts[:pairs] - 1)[real]
+    chosen, rejected = whole[:pairs][real], whole[pairs:][real]
+    prompt = _columns(chosen, torch.zeros_like(before), before)
+    sides = (chosen, before, responses[:pairs][real]), (rejected, torch.zeros_like(before), responses[pairs:][real])
+    return trainer.loss_function(*(_columns(*side) for side in sides), prompt)
+
+
+def _columns(stats: TokenStats, starts: Tensor, lengths: Tensor) -> TokenStats:
+    """The `lengths[b]` columns of each row b from `starts[b]` on, moved to the left end."""
+    width = int(lengths.max()) if len(lengths) else 0
+    steps = torch.arange(width, device=lengths.device)
+    mask = steps < lengths[:, None]
+    places = torch.where(mask, starts[:, None] + steps, 0)
+    moved = {n: masked.select(v.gather(1, places), mask) for n, v in stats.tensors().items() if n != "mask"}
+    return TokenStats(mask=mask, **moved)
 
 
 def prompt_pairs(trainer: PreferenceTrainer, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
@@ -67,10 +96,10 @@ def estimate_kl(trainer: PreferenceTrainer, model: nn.Module, batch: Mapping[str
     real = torch.cat([~batch["filler"], ~batch["filler"]])
     with torch.no_grad():
         reference = trainer.reference
-        score = None if reference is None else lambda b: reference.score(model, b)
+        score = None if reference is None else lambda b: reference.score(model, b, trainer.sharing)
         # All fillers: a forward all the same, as the other processes make one.
         rows = mismatched_rows(batch, real if real.any() else ~real)
-        stats = response_stats(model, rows, ("logps",), reference=score)
+        stats = response_stats(model, rows, ("logps",), reference=score, sharing=trainer.sharing)
         counted = real.sum().double()
         total = torch.stack([mismatched_kl(stats).double() * counted, counted])
     torch.clear_autocast_cache()  # casts made without gradient would cut the policy's
@@ -102,15 +131,15 @@ def distillation(trainer: PreferenceTrainer, model: nn.Module, batch: Mapping[st
     Rewards logged: sum_t (logps - ref_logps) without a beta, or the summed log-probs if there is no reference.
     """
     reference = trainer.reference
-    score = None if reference is None else lambda b: reference.score(model, b)
-    states = response_states(model, batch, score)
+    score = None if reference is None else lambda b: reference.score(model, b, trainer.sharing)
+    states = response_states(model, batch, score, trainer.sharing)
     logits = {"policy": states.head.logits(states.hidden)}
     with torch.no_grad():
         if states.ref_hidden is not None and states.ref_head is not None:
             logits["reference"] = states.ref_head.logits(states.ref_hidden)
         for name, teacher in trainer.teachers.items():
-            hidden, head = teacher.score(model, batch)
-            logits[name] = head.logits(at_responses(hidden, batch)[states.mask])
+            hidden, head = teacher.states(model, batch, trainer.sharing)
+            logits[name] = head.logits(hidden)
     rows = torch.cat([~batch["filler"], ~batch["filler"]])
     mask, keep = states.mask[rows], rows[:, None].expand(states.mask.shape)[states.mask]
     given = {argument: logits[name][keep] for argument, name in teachers_of(trainer.loss).items()}
@@ -145,6 +174,7 @@ def _pair_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
 
 ENGINES: dict[str, Engine] = {
     "pairwise": pairwise,
+    "pairwise_with_prompt": pairwise_with_prompt,
     "unpaired": unpaired,
     "prompt_pairs": prompt_pairs,
     "supervised": pairwise,

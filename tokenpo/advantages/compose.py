@@ -1,0 +1,246 @@
+"""One function from a list of names: `[{name: ktae}, {name: a3po, fraction: 0.1}]`, checked before anything loads.
+
+The list holds reward shapers, then one estimator, then shapers and filters in the order they act:
+
+- a *reward shaper* changes the rewards that the estimator sees; shapers and filters read them as they came;
+- a *filter* takes rows or tokens out of the mask: what follows it, and the loss, count the rest only;
+- *needs* of all are united. An input is handed to whatever has an argument of its name.
+
+Inputs: `rewards`, `group` (B,), `mask` (B, T), and by name what the needs say, such as `tokens`, `old_logps`,
+`entropy`, `values` (of a critic), `token_rewards` (of a credit source), `step`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenpo import masked, methods
+from tokenpo.advantages.aapo import AAPO
+from tokenpo.advantages.d3s import AtLeastOne, D3SSchedule
+from tokenpo.advantages.groups import Singleton
+from tokenpo.advantages.ha_dw import HADW, HardAnchor, SoftAnchor
+from tokenpo.errors import InputError, MissingInputError
+from tokenpo.losses.policy_gradient import objective_needs
+from tokenpo.methods import Finite, NonNegative, Positive
+
+KINDS = ("reward_shaper", "estimator", "shaper", "filter")
+BASE = ("rewards", "group", "mask")
+REMEDIES = {
+    "values": "configure a critic, or take an estimator without one",
+    "entropy": "let the statistics give the entropy of the rollouts' tokens",
+    "old_logps": "let the statistics give the log-probs at rollout time",
+    "ref_logps": "configure a reference",
+    "policy_kl": "configure a reference and ask the statistics for policy_kl",
+    "token_rewards": "configure a credit source",
+    "correct": "say which rewards count as correct",
+}
+
+Config = Sequence[str | Mapping[str, Any]]
+
+
+def ha_dw_state(
+    *, anchor: Literal["hard", "soft"] = "hard", scale: Positive = 1.3, singleton: Singleton = "zero"
+) -> HADW:
+    """HA-DW with the anchor of the released code (`hard`) or of the paper (`soft`)."""
+    return HADW({"hard": HardAnchor, "soft": SoftAnchor}[anchor](), scale=scale, singleton=singleton)
+
+
+def aapo_state(*, low: Finite = -0.2, high: Finite = 0.28, eps: NonNegative = 1e-4) -> AAPO:
+    """AAPO that remembers the reference's rewards by prompt."""
+    return AAPO(low=low, high=high, eps=eps)
+
+
+def d3s_state(*, steps: AtLeastOne, rows: Sequence, fraction: Sequence) -> D3SSchedule:
+    """D3S with its schedule."""
+    return D3SSchedule(steps=steps, rows=rows, fraction=fraction)
+
+
+@dataclass(frozen=True)
+class Stateful:
+    """What remembers between calls: `make(**hyperparameters)`; `replaces`: the input that makes it superfluous."""
+
+    kind: str
+    make: Callable[..., Any]
+    replaces: str
+
+
+STATEFUL = {
+    "ha_dw": Stateful("shaper", ha_dw_state, "anchor"),
+    "aapo": Stateful("estimator", aapo_state, "ref_rewards"),
+    "d3s": Stateful("filter", d3s_state, ""),
+}
+
+
+class Composed(NamedTuple):
+    """`advantages` (B, T), zero off `mask` (B, T) bool, the tokens that filters left."""
+
+    advantages: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """One entry of the list: what is called, with the names of its inputs, those it must have first."""
+
+    name: str
+    kind: str
+    function: Callable[..., Any]
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+
+    def __call__(self, inputs: Mapping[str, Any]) -> Any:
+        for name in self.required:
+            if inputs.get(name) is None:
+                raise MissingInputError(_missing(self.name, name))
+        names = [n for n in (*self.required, *self.optional) if inputs.get(n) is not None]
+        return self.function(**{name: inputs[name] for name in names})
+
+
+class Composition:
+    """The function that `compose` makes; `parts` in order.
+
+    `needs`: inputs it must have beside rewards, group and mask; `wants`: those it takes where there are some. Calling
+    it is one training step: parts that remember move on. `state_dict` is theirs, by place and name.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+        given = {*BASE, "advantages"}
+        self.needs = tuple(dict.fromkeys(n for part in parts for n in part.required if n not in given))
+        self.wants = tuple(dict.fromkeys(n for part in parts for n in part.optional if n not in self.needs))
+
+    def __call__(self, rewards: Tensor, group: Tensor, mask: Tensor, **inputs: Any) -> Composed:
+        """The list at work on one batch."""
+        given = {**inputs, "rewards": rewards, "group": group, "mask": mask}
+        shaped, advantages = rewards, torch.zeros(mask.shape)
+        for part in self.parts:
+            if part.kind == "reward_shaper":
+                shaped = part({**given, "rewards": shaped})
+            elif part.kind == "estimator":
+                advantages = part({**given, "rewards": shaped})
+            elif part.kind == "shaper":
+                advantages = part({**given, "advantages": advantages})
+            else:
+                kept = part({**given, "advantages": advantages})
+                given["mask"] = given["mask"] & (kept if kept.dim() == 2 else kept.unsqueeze(-1))
+                advantages = masked.select(advantages, given["mask"])
+        return Composed(advantages, given["mask"])
+
+    def stateful(self) -> dict[str, Any]:
+        """The parts that remember, as `place.name` -> object."""
+        return {f"{i}.{p.name}": p.function for i, p in enumerate(self.parts) if hasattr(p.function, "state_dict")}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the parts remember."""
+        return {key: part.state_dict() for key, part in self.stateful().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, of the same list."""
+        own = self.stateful()
+        if set(state) != set(own):
+            raise InputError(
+                f"the saved state of advantages is that of {', '.join(state) or 'a list that remembers nothing'}, but "
+                f"configured is {', '.join(own) or 'a list that remembers nothing'}: resume with the same list"
+            )
+        for key, part in own.items():
+            part.load_state_dict(state[key])
+
+
+def compose(config: Config, *, available: Collection[str] | None = None) -> Composition:
+    """The list of names and hyperparameters as one function of a batch.
+
+    `available`: the inputs that a run can give beside rewards, group and mask; left out, nothing is held against it.
+    Refused, in one sentence: no estimator or two, a shaper or filter before it, a reward shaper after it, unknown names
+    and hyperparameters, values out of range, needs that are not available.
+    """
+    entries = [_entry(entry) for entry in config]
+    parts = [_part(name, hyperparameters, available) for name, hyperparameters in entries]
+    _check_order(parts)
+    composition = Composition(parts)
+    for part in parts:
+        _check_available(part.name, part.required, available)
+    return composition
+
+
+class Objective(NamedTuple):
+    """`function(stats, advantages, ...)` with its hyperparameters fixed; `needs`: TokenStats fields and arguments."""
+
+    name: str
+    function: Callable[..., Any]
+    needs: tuple[str, ...]
+
+
+def compose_objective(config: str | Mapping[str, Any], *, available: Collection[str] | None = None) -> Objective:
+    """A policy-gradient objective by name, `{name: ppo_clip, clip_high: 0.28}`, checked as the list of `compose` is."""
+    name, hyperparameters = _entry(config)
+    method = methods.get(name, "policy_gradient")
+    function = methods.configure(name, "policy_gradient", **hyperparameters)
+    extra = objective_needs({**method.defaults, **hyperparameters})
+    needs = tuple(dict.fromkeys((*method.needs, *extra)))
+    _check_available(name, needs, available)
+    return Objective(name, function, needs)
+
+
+def _entry(entry: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if isinstance(entry, str):
+        return entry, {}
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+        raise InputError(f"an entry of the list must be a name, or a mapping with a 'name', got {entry!r}")
+    return entry["name"], {key: value for key, value in entry.items() if key != "name"}
+
+
+def _part(name: str, hyperparameters: Mapping[str, Any], available: Collection[str] | None) -> Part:
+    known = {n: m for n, m in methods.all_methods().items() if m.kind in KINDS}
+    state = STATEFUL.get(name)
+    if state is not None and (available is None or state.replaces not in available):
+        function = methods.bind(name, state.make, hyperparameters)()
+        return Part(name, state.kind, function, *_inputs(function))
+    if name not in known:
+        other = methods.all_methods().get(name)
+        if other is not None:
+            raise InputError(f"'{name}' is a {other.kind} method, no estimator, shaper or filter of advantages")
+        raise InputError(f"unknown estimator, shaper or filter '{name}'{methods.nearest(name, {*known, *STATEFUL})}")
+    method = known[name]
+    function = methods.bind(name, method.function, hyperparameters)
+    return Part(name, method.kind, function, *_inputs(method.function))
+
+
+def _inputs(function: Callable[..., Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the required and of the optional inputs."""
+    inputs = [p for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    required = tuple(p.name for p in inputs if p.default is p.empty)
+    return required, tuple(p.name for p in inputs if p.default is not p.empty)
+
+
+def _check_order(parts: Sequence[Part]) -> None:
+    estimators = [part.name for part in parts if part.kind == "estimator"]
+    if not estimators:
+        raise InputError("the list of advantages has no estimator: put one, such as grpo, before the shapers")
+    if len(estimators) > 1:
+        raise InputError(
+            f"the list of advantages has {len(estimators)} estimators, {' and '.join(estimators)}: keep one"
+        )
+    place = [part.kind for part in parts].index("estimator")
+    for i, part in enumerate(parts):
+        if part.kind in ("shaper", "filter") and i < place:
+            raise InputError(
+                f"the {part.kind} '{part.name}' stands before the estimator '{estimators[0]}': put it after"
+            )
+        if part.kind == "reward_shaper" and i > place:
+            raise InputError(f"the reward shaper '{part.name}' must stand before the estimator '{estimators[0]}'")
+
+
+def _missing(name: str, need: str) -> str:
+    return f"'{name}' needs '{need}', which is not available: {REMEDIES.get(need, f'provide {need}')}"
+
+
+def _check_available(name: str, needs: Collection[str], available: Collection[str] | None) -> None:
+    for need in needs:
+        if available is not None and need not in (*BASE, "advantages", *available):
+            raise InputError(_missing(name, need))

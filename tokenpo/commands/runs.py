@@ -1,0 +1,127 @@
+"""What every run has: a folder that is opened once, transformers' arguments, a model written whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenpo import __version__, methods
+from tokenpo.commands.compare import write_json
+from tokenpo.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenpo.commands.config import TrainConfig
+    from tokenpo.commands.reward_config import RewardConfig
+
+UNCOMPARED = ("output", "resume")
+"""Fields that may differ between a killed run and the command that goes on with it."""
+
+
+def open_run(config: TrainConfig | RewardConfig, loss: str) -> Path:
+    """The run's folder: the one asked for, or runs/<loss>; an unfinished one again, never a finished one."""
+    wanted = Path(config.output or f"runs/{loss}")
+    run = wanted
+    number = 1
+    while (run / "summary.json").exists():
+        if config.output is not None:
+            raise InputError(f"{run} holds a finished run: choose another output, or remove it")
+        number += 1
+        run = wanted.with_name(f"{wanted.name}-{number}")
+    ours = {k: v for k, v in dataclasses.asdict(config).items() if k not in UNCOMPARED}
+    file = run / "config.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        differing = sorted(k for k in ours if before.get(k) != ours[k])
+        if differing:
+            raise InputError(
+                f"{run} holds an unfinished run whose {differing[0]} was {before.get(differing[0])!r}, now "
+                f"{ours[differing[0]]!r}: give another output, or remove the folder"
+            )
+        if not config.resume:
+            raise InputError(f"{run} holds an unfinished run: give another output, remove it, or let resume be true")
+    elif os.environ.get("RANK", "0") == "0":  # one process of several writes
+        if run.exists() and any(run.iterdir()):
+            raise InputError(f"{run} is not empty and holds no run of tokenpo: choose another output")
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(file, ours)
+    return run
+
+
+def save_model(trainer: Any, folder: Path) -> None:
+    """Model and tokenizer, written beside and moved into place, so that a failure leaves nothing half written."""
+    import shutil
+
+    from tokenpo.errors import TokenpoError
+
+    draft = folder.with_name(folder.name + ".part")
+    writes = trainer.is_world_process_zero()
+    if writes:
+        shutil.rmtree(draft, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.save_model(str(draft))
+    except Exception as reason:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise TokenpoError(
+            f"could not write {folder} (is the disk full?): {reason}; the checkpoints are intact"
+        ) from reason
+    trainer.accelerator.wait_for_everyone()
+    if writes:
+        draft.rename(folder)
+
+
+def training_arguments(config: TrainConfig | RewardConfig, run: Path, n_rows: int) -> Any:
+    """transformers' arguments from ours; a field of `trainer` that it does not know is named."""
+    import math
+
+    import torch
+    from transformers import TrainingArguments
+
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    for key in config.trainer:
+        if key not in known:
+            raise InputError(f"trainer has no setting '{key}'{methods.nearest(key, known)}")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    per_epoch = max(1, math.ceil(n_rows / (config.batch_size * config.accumulate * world)))
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * per_epoch)
+    every = config.eval_every or max(1, math.ceil(steps / 10))
+    ours = {
+        "output_dir": str(run / "checkpoints"),
+        "learning_rate": config.learning_rate or (5e-7 if config.lora is None else 1e-4),
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulate,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps,
+        "logging_steps": config.log_every,
+        "eval_strategy": "steps",
+        "eval_steps": every,
+        "save_strategy": "steps",
+        "save_steps": config.save_every or every,
+        "save_total_limit": 2,
+        "seed": config.seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # said outright, or several CPU processes form no group
+        "weight_decay": 0.0,
+    }
+    try:
+        return TrainingArguments(**{**ours, **config.trainer})
+    except (TypeError, ValueError, ImportError) as reason:
+        raise InputError(f"trainer: {str(reason).strip().splitlines()[0]}") from reason
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "accelerate", "peft", "datasets")
+    return {"tokenpo": __version__, "python": platform.python_version(), **{n: version(n) for n in names}}
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
