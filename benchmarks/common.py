@@ -1,4 +1,4 @@
-"""What the benchmarks share: the rate of matrix products, alternating medians, peak memory, one JSON line, a picture."""
+"""What benchmarks share: the rate of matrix products, alternating medians, peak memory, one JSON line, a picture."""
 
 from __future__ import annotations
 
@@ -181,7 +181,9 @@ def draw_bars(path: Path, panels: Mapping[str, Mapping[str, float]], unit: str) 
     return str(path)
 
 
-def draw_scan(path: Path, x: Sequence[float], series: Mapping[str, Sequence[float]], labels: tuple[str, str]) -> str | None:
+def draw_scan(
+    path: Path, x: Sequence[float], series: Mapping[str, Sequence[float]], labels: tuple[str, str]
+) -> str | None:
     """Lines over `x`, both axes logarithmic, written to `path`; None where matplotlib is not installed."""
     try:
         import matplotlib

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import alternate, draw, emit, extra_peak, in_child, machine, median_ratio, seconds
+from common import alternate, draw_bars, emit, extra_peak, in_child, machine, median_ratio, seconds
 
 VOCABULARY, HIDDEN, LAYERS, INNER = 50_000, 512, 6, 1408
 PAIRS, PROMPT, RESPONSE = 4, (256, 512), (64, 256)
@@ -113,6 +113,7 @@ def trl_loss(policy: nn.Module, reference: nn.Module, rows: list, folder: str) -
         "completion_mask": ((column >= starts) & (column < ends)).long(),
     }
     trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1  # what train() would set
     return lambda: float(trainer.training_step(trainer.model, dict(inputs)))
 
 
@@ -134,6 +135,7 @@ def our_loss(name: str, policy: nn.Module, reference: nn.Module, rows: list, fol
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(PAIRS)])
     counts = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
     trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
     return lambda: float(trainer.training_step(trainer.model, dict(batch), num_items_in_batch=counts))
 
 
@@ -270,7 +272,7 @@ def main() -> None:
             beside = f"floor {floor:5.2f} s" if floor else " " * 13
             peak = found["peak_bytes"][name] / 2**20
             print(f"{dtype:9} {name:13} {found['seconds'][name]:6.2f} s  {beside}  peak {peak:6.0f} MiB")
-    draw(args.out / "preference_step.png", {d: r["seconds"] for d, r in results.items()}, "seconds a step")
+    draw_bars(args.out / "preference_step.png", {d: r["seconds"] for d, r in results.items()}, "seconds a step")
     emit({"ratios": results[args.dtype[0]]["ratios"], "by_dtype": results, "machine": machine()})
 
 

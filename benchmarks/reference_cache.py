@@ -6,7 +6,8 @@ python benchmarks/reference_cache.py --kills 50
 A 44M Qwen3-shaped model (V = 50,000) and 12 pairs (prompts of 64 to 192 tokens, responses of 32 to 96). `bare` is one
 forward over the same rows in the same batches, with the response log-probs, kept nowhere. `step` is forward, backward
 and loss of one batch without any reference; `lookup` is what the cache adds to it. Build and bare forward take turns;
-figures are medians. With --kills, a build of a tiny model is killed (SIGKILL) at random moments and started again.
+figures are medians. Bytes a token are those of 1000 responses of 64 tokens. With --kills, a build of a tiny model is
+killed (SIGKILL) at random moments and started again.
 The last line is one JSON object.
 """
 
@@ -31,6 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tokenpo.data import PreferenceCollator
 from tokenpo.errors import InputError
+from tokenpo.reference import build as building
 from tokenpo.reference import cache
 from tokenpo.reference.key import base_tensors, digest_of_tensors
 from tokenpo.reference.store import Store
@@ -71,20 +73,20 @@ def rates(dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     model = make_model(dtype)
     rows = make_rows(PAIRS, PROMPT, RESPONSE, VOCABULARY)
     source = cache.source_of("auto", model)
-    wanted = list(cache.entries(rows, "train"))
+    wanted = list(building.entries(rows, "train"))
     ordered = sorted(wanted, key=lambda entry: -entry.tokens)
     batches = [ordered[i : i + SEQUENCES] for i in range(0, len(ordered), SEQUENCES)]
 
     @torch.no_grad()
     def bare() -> None:
         for batch in batches:
-            response_stats(model, cache.as_batch([entry.ids() for entry in batch], "cpu"))
+            response_stats(model, building.as_batch([entry.ids() for entry in batch], "cpu"))
 
     with tempfile.TemporaryDirectory() as folder:
         made = lambda keep, i: Store(Path(folder) / f"{keep}-{i}".replace(" ", ""), KEY, keep, write=True)
         keeps = ("logps", "hidden", "topk 64")
         builds = {
-            keep: lambda i, keep=keep: cache.build(made(keep, i), source, model, wanted, batch_size=SEQUENCES)
+            keep: lambda i, keep=keep: building.build(made(keep, i), source, model, wanted, batch_size=SEQUENCES)
             for keep in keeps
         }
         bare()
@@ -116,12 +118,26 @@ def rates(dtype: torch.dtype, repeats: int) -> dict[str, Any]:
                 "lookups_over_steps": statistics.median(lookups) / found["epoch_of_steps_seconds"],
                 "lookups_over_bare": statistics.median(lookups) / found["bare_seconds"],
                 "forwards_in_second_epoch": 0,  # `serve` holds no model
-                "bytes_per_token": store.bytes_on_disk() / store.tokens(),
+                "bytes_per_token": bytes_per_token(keep, dtype, Path(folder)),
             }
             del store, reference, look_up
     hashed = seconds(lambda: digest_of_tensors(dict(base_tensors(model))))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return {**found, "fingerprint_seconds": hashed, "fingerprint_gb_per_second": size / hashed / 1e9}
+
+
+def bytes_per_token(keep: str, dtype: torch.dtype, folder: Path, records: int = 1000, tokens: int = 64) -> float:
+    """On the disk, of a store of `records` responses of `tokens` tokens, filled a batch at a time under random keys."""
+    store = Store(folder / f"size-{keep}".replace(" ", ""), KEY, keep, write=True)
+    record = {"logps": torch.zeros(tokens)}
+    if keep == "hidden":
+        record["hidden"] = torch.zeros(tokens, HIDDEN, dtype=dtype)
+    elif keep != "logps":
+        record |= {"top_ids": torch.zeros(tokens, 64).int(), "top_logps": torch.zeros(tokens, 64)}
+        record["rest"] = torch.zeros(tokens, 3)
+    for _ in range(0, records, 50):
+        store.put({os.urandom(16): record for _ in range(50)})
+    return store.bytes_on_disk() / (records * tokens)
 
 
 def read_all(reference: Any, batches: list[Any]) -> None:
@@ -149,7 +165,7 @@ def kills(count: int, folder: Path, pairs: int = 600, seed: int = 0) -> dict[str
     torch.set_num_threads(1)  # children are forked
     rng, model = random.Random(seed), tiny_model()
     source = cache.source_of("auto", model)
-    wanted = {entry.key: entry for entry in cache.entries(make_rows(pairs, (4, 30), (3, 40), 64), "train")}
+    wanted = {entry.key: entry for entry in building.entries(make_rows(pairs, (4, 30), (3, 40), 64), "train")}
     expected = expectation(source, model, list(wanted.values()))
     found = dict.fromkeys(
         "kills builds_ended rows_finished_before_a_kill corrupt_found corrupt_accepted missing_accepted finished_lost "
@@ -192,7 +208,7 @@ def expectation(source: Any, model: Any, wanted: list[Any]) -> dict[bytes, torch
     values = {}
     for i in range(0, len(wanted), 32):
         batch = wanted[i : i + 32]
-        for entry, record in zip(batch, cache.compute(source, model, batch, "logps", "cpu", None), strict=True):
+        for entry, record in zip(batch, building.compute(source, model, batch, "logps", "cpu", None), strict=True):
             values[entry.key] = record["logps"]
     return values
 
@@ -200,15 +216,15 @@ def expectation(source: Any, model: Any, wanted: list[Any]) -> dict[bytes, torch
 def build_and_log(place: Path, log: Path, source: Any, model: Any, wanted: list[Any]) -> None:
     """In the child: never returns. Commits come often, so that kills fall into them too."""
     try:
-        compute = cache.compute
+        compute = building.compute
         file = os.open(log, os.O_WRONLY | os.O_APPEND)
 
         def logged(source: Any, model: Any, batch: Any, *rest: Any) -> Any:
             os.write(file, b"".join(entry.key for entry in batch))
             return compute(source, model, batch, *rest)
 
-        cache.compute, cache.FLUSH_SECONDS = logged, 0.01
-        cache.build(Store(place, KEY, "logps", write=True), source, model, wanted, batch_size=4)
+        building.compute, building.FLUSH_SECONDS = logged, 0.01
+        building.build(Store(place, KEY, "logps", write=True), source, model, wanted, batch_size=4)
         os._exit(0)
     except BaseException as reason:
         print(f"the build failed: {reason}", file=sys.stderr, flush=True)

@@ -262,7 +262,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--d", type=int, default=1024, help="width of the hidden states")
     parser.add_argument("--v", type=int, default=131072, help="vocabulary")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
-    parser.add_argument("--frozen", action="store_true", help="the head is frozen, and the reference's head is the same")
+    parser.add_argument(
+        "--frozen", action="store_true", help="the head is frozen, and the reference's head is the same"
+    )
     parser.add_argument("--work", choices=list(FORWARD_PRODUCTS), action="append", help="default: both")
     parser.add_argument("--only", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--rounds", type=int, default=5)

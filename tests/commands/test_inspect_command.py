@@ -118,6 +118,19 @@ def test_a_run_brings_its_data_reference_and_curves(model_folder, pairs_file, tm
         assert part in page
 
 
+def test_help_explains_every_setting(capsys):
+    import dataclasses
+
+    from tokenpo.commands.inspect import InspectConfig
+
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(InspectConfig):
+        assert f"--{field.name}" in text
+
+
 def test_fingerprints_speak_of_the_data_only(tmp_path):
     from tokenpo.commands.inspect import fingerprint
 

@@ -14,8 +14,9 @@ from tiny import make_model, make_pairs, make_tokenizer
 from tokenpo.data import PreferenceCollator, load_preferences, tokenize_preferences
 from tokenpo.errors import InputError, MissingInputError
 from tokenpo.reference import Reference, cache, make_reference, start_difference
+from tokenpo.reference.build import build, entries, faults
 from tokenpo.reference.store import Store
-from tokenpo.statistics import LinearHead, TopTokens, kl_bounds, linear_token_stats, response_states, response_stats
+from tokenpo.statistics import LinearHead, StoredValues, kl_bounds, linear_token_stats, response_states, response_stats
 
 KLS = ("ref_kl", "policy_kl")
 ROOT = Path(__file__).parents[2]
@@ -47,11 +48,11 @@ def lora(model, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("keep", ["logps", "hidden", "topk"])
+@pytest.mark.parametrize("keep", ["logps", "hidden"])
 def test_log_probs_are_the_references_bit_for_bit(keep, dtype, rows, batch, tmp_path):
     start, policy = make_model().to(dtype), make_model(1).to(dtype)
     live = make_reference("copy", start)
-    stored = prepared(tmp_path, start, rows, keep=keep, k=4)
+    stored = prepared(tmp_path, start, rows, keep=keep)
     found, expected = statistics(policy, batch, stored), statistics(policy, batch, live)
     assert found.ref_logps.dtype == expected.ref_logps.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.equal(found.ref_logps, expected.ref_logps) and torch.equal(found.logps, expected.logps)
@@ -95,13 +96,17 @@ def test_top_tokens_bound_the_kls(head):
     exact = linear_token_stats(
         hidden, make(0), tokens, outputs=(*KLS, "ref_logps"), ref_hidden=ref_hidden, ref_head=make(1)
     )
-    top = TopTokens.of(ref_hidden, make(1), k)
+    stored = StoredValues.of(ref_hidden, make(1), tokens, k)
+    torch.testing.assert_close(stored.logps, exact["ref_logps"])
+    top = stored.top
     for name, (lower, upper) in kl_bounds(top, hidden, make(0)).items():
         assert (lower <= exact[name] + 1e-5).all() and (exact[name] <= upper + 1e-5).all(), name
         assert (lower > 0.2 * exact[name]).float().mean() > 0.5, "a bound that says something"
     q = make(1).logits(ref_hidden).log_softmax(-1)
     torch.testing.assert_close(top.rest.exp(), 1 - q.exp().topk(k).values.sum(-1))
     torch.testing.assert_close(top.least, q.min(-1).values)
+    torch.testing.assert_close(top.entropy, -(q.exp() * q).sum(-1))
+    assert torch.equal(top.ids, q.topk(k).indices)
 
 
 def test_all_tokens_but_one_give_the_exact_kl():
@@ -110,7 +115,7 @@ def test_all_tokens_but_one_give_the_exact_kl():
     hidden, ref_hidden = torch.randn(9, 4), torch.randn(9, 4)
     tokens = torch.arange(9)
     exact = linear_token_stats(hidden, head, tokens, outputs=KLS, ref_hidden=ref_hidden, ref_head=ref_head)
-    bounds = kl_bounds(TopTokens.of(ref_hidden, ref_head, 11), hidden, head)
+    bounds = kl_bounds(StoredValues.of(ref_hidden, ref_head, tokens, 11).top, hidden, head)
     for name in KLS:
         for bound in bounds[name]:
             torch.testing.assert_close(bound, exact[name], rtol=1e-5, atol=1e-5)
@@ -197,24 +202,24 @@ def test_only_what_is_missing_or_damaged_is_computed(rows, tmp_path):
     states = counting.states
     object.__setattr__(counting, "states", lambda m, b: calls.append(len(b["input_ids"])) or states(m, b))
     store = cache.open_store(tmp_path, counting, model, make_tokenizer(), keep="logps")
-    made = functools.partial(cache.build, store, counting, model, batch_size=4)
-    assert made(list(cache.entries(first, "train"))).computed == 4 and calls == [4]
-    assert made(list(cache.entries(rows, "train"))).kept == 4 and calls == [4, 2]
-    assert made([*cache.entries(rows, "train"), *cache.entries(rows, "test")]).computed == 0 and calls == [4, 2]
-    damaged = next(cache.entries(rows, "train")).key
+    made = functools.partial(build, store, counting, model, batch_size=4)
+    assert made(list(entries(first, "train"))).computed == 4 and calls == [4]
+    assert made(list(entries(rows, "train"))).kept == 4 and calls == [4, 2]
+    assert made([*entries(rows, "train"), *entries(rows, "test")]).computed == 0 and calls == [4, 2]
+    damaged = next(entries(rows, "train")).key
     with store.env.begin(write=True) as transaction:
         transaction.put(damaged, transaction.get(damaged)[:-1])
-    again = made(list(cache.entries(rows, "train")))
+    again = made(list(entries(rows, "train")))
     assert (again.damaged, again.computed, again.kept) == (1, 1, 5) and calls == [4, 2, 1]
 
 
 def test_shares_of_processes_are_disjoint_and_whole(rows, tmp_path):
     model = make_model()
     source = cache.source_of("auto", model)
-    wanted = list(cache.entries(rows, "train"))
+    wanted = list(entries(rows, "train"))
     for part in range(3):
         store = cache.open_store(tmp_path / str(part), source, model, make_tokenizer(), keep="logps")
-        cache.build(store, source, model, wanted, batch_size=2, part=(part, 3))
+        build(store, source, model, wanted, batch_size=2, part=(part, 3))
     keys = [set(Store(tmp_path / str(part)).keys()) for part in range(3)]
     assert set.union(*keys) == {entry.key for entry in wanted} and sum(map(len, keys)) == len(wanted)
 
@@ -225,9 +230,9 @@ def test_a_reference_that_says_nan_is_named_by_row_and_token(rows, tmp_path):
         model.model.embed_tokens.weight[rows[1]["rejected_ids"][2]] = float("nan")
     source = cache.source_of("auto", model)
     store = cache.open_store(tmp_path, source, model, make_tokenizer(), keep="logps")
-    entry = list(cache.entries(rows, "train"))[3]
+    entry = list(entries(rows, "train"))[3]
     with pytest.raises(InputError, match=r"train row 1, rejected: the reference's logps at response token \d+ hold"):
-        cache.build(store, source, model, [entry], batch_size=1)
+        build(store, source, model, [entry], batch_size=1)
     assert len(store) == 0
 
 
@@ -235,7 +240,7 @@ def test_a_stored_nan_is_refused_when_it_is_read(rows, batch, tmp_path):
     model = make_model()
     stored = prepared(tmp_path, model, rows)
     store = Store(tmp_path)
-    entry = next(cache.entries(rows, "train"))
+    entry = next(entries(rows, "train"))
     (record,) = store.get([entry.key], [entry.name])
     record["logps"][1] = float("inf")
     store.put({entry.key: record})
@@ -243,7 +248,7 @@ def test_a_stored_nan_is_refused_when_it_is_read(rows, batch, tmp_path):
         InputError, match=r"row 0 of the batch, read from .*: the reference's logps at response token 1"
     ):
         statistics(model, batch, stored)
-    assert cache.faults(store, {entry.key: entry.name}) == ["train row 0, chosen: a record with nan or inf"]
+    assert faults(store, {entry.key: entry.name}) == ["train row 0, chosen: a record with nan or inf"]
 
 
 def test_a_row_that_was_never_stored_is_refused(rows, batch, tmp_path):

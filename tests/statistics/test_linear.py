@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from tokenpo.errors import InputError, MissingInputError
-from tokenpo.statistics import LinearHead, dense_token_stats, linear_token_stats
-from tokenpo.statistics import tiles
+from tokenpo.statistics import LinearHead, dense_token_stats, linear_token_stats, tiles
 from tokenpo.statistics.head import product_dtype
 from tokenpo.statistics.tiles import Plan
 
@@ -188,7 +187,9 @@ def test_blocks_of_rows_change_nothing(head_grows, monkeypatch):
         hidden, head, tokens, ref = make(dtype=dtype)
         frozen = LinearHead(head.weight.detach(), head.bias.detach())
         keywords = dict(outputs=(*OUTPUTS, "ref_logps"), **ref)
-        values = linear_token_stats(hidden, head if head_grows else frozen, tokens, tile_bytes=bytes_for(5, 3), **keywords)
+        values = linear_token_stats(
+            hidden, head if head_grows else frozen, tokens, tile_bytes=bytes_for(5, 3), **keywords
+        )
         theirs = dense(hidden, head if head_grows else frozen, tokens, **keywords)
         if head_grows:
             assert_same(values, theirs, hidden, head, atol)
@@ -227,10 +228,12 @@ def test_one_product_for_a_head_that_both_models_share():
     ref_hidden = ref["ref_hidden"].new_ones(N, D)
     results = []
     for ref_head in (shared, LinearHead(shared.weight.clone(), scale=1.7)):
-        keywords = dict(outputs=("logps", "ref_kl"), ref_hidden=ref_hidden, ref_head=ref_head)
+        keywords = {"outputs": ("logps", "ref_kl"), "ref_hidden": ref_hidden, "ref_head": ref_head}
         with Recorder() as recorder:
             values = linear_token_stats(hidden, head, tokens, tile_bytes=ONE_TILE, **keywords)
-            grads = torch.autograd.grad((values["ref_kl"] * values["logps"]).sum(), (hidden, head.weight), retain_graph=True)
+            grads = torch.autograd.grad(
+                (values["ref_kl"] * values["logps"]).sum(), (hidden, head.weight), retain_graph=True
+            )
         assert_same(values, dense(hidden, head, tokens, **keywords), hidden, head)
         results.append((recorder.products, grads))
     (products, _), (apart, _) = results
@@ -257,7 +260,7 @@ def test_a_padded_head_is_cut_to_the_smaller_vocabulary():
     padded = LinearHead(torch.cat([ref["ref_head"].weight, torch.ones(3, D_REF)]), torch.zeros(V + 3), 1.3, 5.0)
     with pytest.raises(InputError, match=r"the reference's 26: .* cut both by LinearHead.first\(23\)"):
         linear_token_stats(hidden, head, tokens, outputs=["ref_kl"], ref_hidden=ref["ref_hidden"], ref_head=padded)
-    keywords = dict(outputs=OUTPUTS, ref_hidden=ref["ref_hidden"])
+    keywords = {"outputs": OUTPUTS, "ref_hidden": ref["ref_hidden"]}
     ours = linear_token_stats(hidden, head, tokens, ref_head=padded.first(V), **keywords)
     banned = torch.cat([torch.zeros(V), torch.full((3,), -math.inf)]).double()
     logits = (padded.logits(ref["ref_hidden"]) + banned)[:, :V]

@@ -5,7 +5,7 @@ import math
 import torch
 from test_linear import BF16, FP32, OUTPUTS, SETTINGS, V, assert_same, bytes_for, dense, gradients, make
 
-from tokenpo.statistics import LinearHead, gradient, linear_token_stats, triton_tiles
+from tokenpo.statistics import LinearHead, gradient, linear_token_stats, tiles, triton_tiles
 
 BUDGET = bytes_for(10) // 2  # tiles of 10 columns in float32
 EVERY = (*OUTPUTS, "ref_logps", "top1")
@@ -69,6 +69,11 @@ head = LinearHead(head.weight, (head.bias.detach() + ban).requires_grad_())
 ref["ref_head"] = LinearHead(ref["ref_head"].weight, ref["ref_head"].bias + ban)
 ours = linear_token_stats(hidden, head, tokens.clamp(min=9), outputs=OUTPUTS, tile_bytes=BUDGET, **ref)
 assert_same(ours, dense(hidden, head, tokens.clamp(min=9), OUTPUTS, **ref), hidden, head, atol=1e-4)
+checked += 1
+tiles.BLOCK_ROWS = 3  # blocks of rows, and rows by their numbers in the backward pass
+hidden, head, tokens, ref = make(dtype=FP32)
+ours = linear_token_stats(hidden, head, tokens, outputs=OUTPUTS, tile_bytes=BUDGET, skip_below=1e-30, **ref)
+assert_same(ours, dense(hidden, head, tokens, OUTPUTS, **ref), hidden, head, atol=1e-4)
 checked += 1
 assert calls >= 14 * 4  # at least two tiles each, forwards and backwards: the kernels ran, not something else
 print("checked", checked)

@@ -114,6 +114,7 @@ def build(config: TrainConfig, loss: methods.Method) -> None:
 
 def verify(config: TrainConfig, loss: methods.Method) -> None:
     """Check every record's checksum and numbers, and compute a sample of the run's rows again, to compare."""
+    from tokenpo.reference import build as filling
     from tokenpo.reference import cache
     from tokenpo.reference.store import Store
 
@@ -123,8 +124,8 @@ def verify(config: TrainConfig, loss: methods.Method) -> None:
     key = cache.source_key(source, model, tokenizer, truncation=shared["truncation"], autocast=shared["autocast"])
     keep = cache.named_keep(given(config, loss)[0], settings.k)
     store = Store(settings.folder or cache.default_folder(key, keep), key, keep)
-    wanted = {entry.key: entry for split, part in rows.items() for entry in cache.entries(part, split)}
-    faults = cache.faults(store, {key: entry.name for key, entry in wanted.items()})
+    wanted = {entry.key: entry for split, part in rows.items() for entry in filling.entries(part, split)}
+    faults = filling.faults(store, {key: entry.name for key, entry in wanted.items()})
     if faults:
         raise InputError(
             f"{len(faults)} of {len(store)} records in {store.folder} are damaged, first {faults[0]}: run tokenpo "
@@ -133,7 +134,7 @@ def verify(config: TrainConfig, loss: methods.Method) -> None:
     there = set(store.keys())
     present = [entry for key, entry in wanted.items() if key in there]
     sample = random.Random(config.seed).sample(present, min(settings.verify, len(present)))
-    worst, where = cache.largest_difference(store, source, model, sample, shared["batch_size"], shared["autocast"])
+    worst, where = filling.largest_difference(store, source, model, sample, shared["batch_size"], shared["autocast"])
     tolerance = TOLERANCE.get(key["dtype"], 0.1)
     if not worst <= tolerance:
         raise InputError(

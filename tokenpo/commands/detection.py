@@ -13,8 +13,8 @@ from tokenpo.report import Layer, Report, Response, Table
 COLUMNS = ("", "finds good words", "finds bad words", "precision@k of its size", "orders pairs rightly")
 NOTE = (
     "AUROC of each word's sum against the words' true worths (0.5 is chance), and precision among as many words as "
-    "have a worth. Values without a sign may find both kinds, since words of worth are rarer than others here, but cannot "
-    "tell them apart. In brackets: 95% bootstrap intervals over pairs."
+    "have a worth. Values without a sign may find both kinds, since words of worth are rarer than others here, but "
+    "cannot tell them apart. In brackets: 95% bootstrap intervals over pairs."
 )
 PAIRED = (
     " The last column compares with {first} at finding good words; a difference is called one only where the paired "

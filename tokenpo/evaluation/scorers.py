@@ -22,9 +22,10 @@ from tokenpo.errors import InputError
 from tokenpo.evaluation.sampling import as_batch
 from tokenpo.methods import nearest
 from tokenpo.reward_models import RewardModel
+from tokenpo.reward_models.mapping import map_values
 from tokenpo.reward_models.readings import WORTHS
 
-__all__ = ["SCORERS", "Scored", "Scorer", "make_scorer", "model_scorer"]
+__all__ = ["SCORERS", "Scored", "Scorer", "make_scorer", "model_scorer", "reward_function"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ class Scored:
     values: list[float] | None = None
     rewards: list[float] | None = None
     spans: list[tuple[int, int]] | None = None
+
+    def rewards_on(self, tokens: Sequence[Sequence[int]], where: str = "") -> list[float]:
+        """The rewards on the tokens of another tokenizer, given by the characters they cover; refused where inexact."""
+        if self.rewards is None or self.spans is None:
+            raise InputError(f"{where + ': ' if where else ''}the scorer gives a score but no values of tokens")
+        return map_values(self.rewards, self.spans, tokens, where=where)
 
 
 Row = Mapping[str, Any]
@@ -118,6 +125,22 @@ def function_scores(function: Callable[..., Any], rows: Sequence[Row]) -> list[S
         if not number:
             raise InputError(f"{function.__name__}: the reward of row {index} is {score!r}, not a finite number")
     return [Scored(None if score is None else float(score)) for score in scores]
+
+
+def reward_function(name: str, **options: Any) -> Callable[..., list[float | None]]:
+    """The scorer called `name` with TRL's signature: a reward of an online trainer; `options` as in `make_scorer`."""
+    scorer = make_scorer(name, **options)
+
+    def rewards(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        given = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == len(prompts)}
+        rows = [
+            {"prompt": prompt, "response": completion, **{k: v[i] for k, v in given.items()}}
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        return [scored.score for scored in scorer(rows)]
+
+    rewards.__name__ = Path(name).name.replace("-", "_").replace(":", "_")
+    return rewards
 
 
 def math_verify_scores(rows: Sequence[Row]) -> list[Scored]:

@@ -104,7 +104,7 @@ def _gain(sweep: Sweep, side: Side) -> float:
 
 
 def _lower(logits: Tensor, gain: float, offsets: Tensor, peak: Tensor, taken: Tensor) -> Tensor:
-    """`logits` become gain * logits - the risen peak, in place. Updates `peak` and `taken`; gives old minus new peak."""
+    """`logits` become gain * logits - the risen peak, in place. Updates `peak`, `taken`; gives old minus new peak."""
     inside = (offsets >= 0) & (offsets < logits.shape[1])
     column = torch.where(inside, offsets, 0)[:, None]
     taken.copy_(torch.where(inside, gain * logits.gather(1, column)[:, 0], taken))

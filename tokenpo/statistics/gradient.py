@@ -130,7 +130,7 @@ def propagate(
             if d_bias is not None:
                 d_bias[start:stop] += dz.sum(0, dtype=d_bias.dtype)
             if dz.dtype != numbers.dtype:
-                dz = sweep.buffer("product", *dz.shape, numbers.dtype).copy_(dz)
+                dz = sweep.buffer("product", dz.shape[0], dz.shape[1], numbers.dtype).copy_(dz)
             if d_hidden is not None:
                 _add_product(d_hidden, tile.rows, dz, tile.weight)
             if target is None:

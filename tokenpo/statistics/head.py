@@ -166,7 +166,7 @@ def _gathered(value: Any) -> Tensor:
         from torch.distributed.tensor import Partial
 
         return cast(Tensor, value.full_tensor(grad_placements=[Partial("avg")] * value.device_mesh.ndim))
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found, unused-ignore]
 
     with GatheredParameters([value]):
         return cast(Tensor, value.clone())  # the parameter is emptied again at the end of this block

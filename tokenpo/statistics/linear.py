@@ -65,7 +65,9 @@ def linear_token_stats(
             N > 2048, one tile's part of the weight's in s bytes.
         skip_below: in the backward pass, leave a row out of a span of the vocabulary (as wide as a tile) to which
             policy and reference both give it less than this probability, unless its own token lies there. 0, the
-            default, leaves nothing out.
+            default, leaves nothing out. Measured on logits as peaked as a trained model's (N = 256, V = 2048,
+            spans of 64, float64, all outputs at once): gradients off by 0.06% (at 1e-4), 1% (1e-3), 4% (1e-2) in
+            the norm; 1e-3 leaves half of the backward pass's products.
 
     Returns the asked outputs by name, each (N,), in nats (top1: 0 or 1); float32, or float64 if the products are.
     N = 0 gives empty tensors with a gradient path.

@@ -31,16 +31,6 @@ class TopTokens:
     entropy: Tensor
     least: Tensor
 
-    @staticmethod
-    def of(hidden: Tensor, head: LinearHead, k: int) -> TopTokens:
-        """From hidden states (N, d), without gradient; at most CHUNK logits at a time. Needs 1 <= k < V."""
-        vocabulary = head.weight.shape[0]
-        if not 1 <= k < vocabulary:
-            raise InputError(f"k must be at least 1 and below the vocabulary's {vocabulary} tokens, got {k}")
-        with torch.no_grad():
-            parts = [_top(head.logits(part), k) for part in hidden.split(max(1, CHUNK // vocabulary))]
-        return TopTokens(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-
 
 @dataclass(frozen=True, eq=False)
 class StoredValues:
@@ -48,6 +38,19 @@ class StoredValues:
 
     logps: Tensor
     top: TopTokens | None = None
+
+    @staticmethod
+    def of(hidden: Tensor, head: LinearHead, tokens: Tensor, k: int) -> StoredValues:
+        """With the top, in one sweep over hidden states (N, d), at most CHUNK logits at a time; needs 1 <= k < V."""
+        vocabulary = head.weight.shape[0]
+        if not 1 <= k < vocabulary:
+            raise InputError(f"k must be at least 1 and below the vocabulary's {vocabulary} tokens, got {k}")
+        size = max(1, CHUNK // vocabulary)
+        with torch.no_grad():
+            pairs = zip(hidden.split(size), tokens.split(size), strict=True)
+            parts = [_sweep(head.logits(part), taken, k) for part, taken in pairs]
+        logps, *top = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        return StoredValues(logps, TopTokens(*top))
 
 
 def stored_stats(
@@ -132,11 +135,18 @@ def _bounds(top: TopTokens, log_p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     return lower_q, upper_q.maximum(lower_q), lower_p, upper_p.maximum(lower_p)
 
 
-def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    logps = logits.log_softmax(-1)
-    values, ids = logps.topk(k, -1)
-    rest = logps.scatter(1, ids, float("-inf")).logsumexp(1)
-    return ids, values, rest, -(logps.exp() * logps).sum(1), logps.amin(1)
+def _sweep(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, ...]:
+    """(log q of `tokens`, ids, log q, rest, entropy, least); overwrites `logits`."""
+    values, ids = logits.topk(k, -1)
+    z = logits.sub_(values[:, :1])  # at most zero from here on
+    weights = z.exp()
+    total = weights.sum(1)
+    log_total, mean = total.log(), torch.linalg.vecdot(weights, z) / total
+    # the rest is added up without the top, as the difference of two sums would cancel
+    rest = weights.scatter_(1, ids, 0.0).sum(1).clamp(min=torch.finfo(weights.dtype).tiny)
+    taken = z.gather(1, tokens[:, None])[:, 0] - log_total
+    top = values - values[:, :1] - log_total[:, None]
+    return taken, ids, top, rest.log() - log_total, log_total - mean, z.amin(1) - log_total
 
 
 class _RowProducts(torch.autograd.Function):

@@ -64,7 +64,9 @@ class Plan(NamedTuple):
         width = max(1, min(tile_bytes // (rows * bytes_each), vocabulary))
         # matrix products like multiples of 64, but a single tile should stay single
         aligned = width - width % 64 if 64 < width < vocabulary else width
-        shared = reference is not None and reference[0].device == policy[0].device and _same_storage(policy[1], reference[1])
+        shared = False
+        if reference is not None and other is not None and own.dtype == other.dtype:
+            shared = _same_storage(policy[1].weight, reference[1].weight)
         return Plan(outputs, own, other, temperature, dtype, rows, aligned, shared, skip_below)
 
 
@@ -72,14 +74,9 @@ def _numbers(hidden: Tensor, head: LinearHead) -> Numbers:
     return Numbers(product_dtype(hidden, head.weight), head.scale, head.softcap)
 
 
-def _same_storage(head: LinearHead, other: LinearHead) -> bool:
-    one, two = head.weight, other.weight
-    return one is two or (
-        one.dtype == two.dtype
-        and one.shape == two.shape
-        and one.stride() == two.stride()
-        and one.data_ptr() == two.data_ptr() != 0
-    )
+def _same_storage(one: Tensor, two: Tensor) -> bool:
+    alike = one.dtype == two.dtype and one.shape == two.shape and one.stride() == two.stride()
+    return one is two or (alike and one.data_ptr() == two.data_ptr())
 
 
 class Side(NamedTuple):

@@ -154,7 +154,10 @@ def tile_gradient(sweep: Sweep, tile: Tile, tokens: Tensor, weights: RowWeights)
 
 
 def _operands(sweep: Sweep, tile: Tile) -> tuple[Tensor, list[Tensor | float], dict[str, bool]]:
-    """The policy's product; products, biases, factors in the order the kernels take them; flags. A product stands in for what is not there."""
+    """The policy's product; products, biases and factors in the order the kernels take them; flags.
+
+    A product stands in for what is not there.
+    """
     product, ref_product = sweep.products(tile)
     sides = [(sweep.policy, product), (sweep.reference, ref_product)]
     tensors: list[Tensor | float] = []

@@ -94,8 +94,24 @@
     for (const { target, isIntersecting } of entries) {
       let found = null;
       const all = () => (found = found || read(target.querySelector("script.data")));
-      target.querySelectorAll(".side").forEach((side, i) => (isIntersecting ? build(side, all, i) : fold(side)));
+      target.querySelectorAll(".side").forEach((side, i) => {
+        waiting.delete(side);
+        if (isIntersecting) waiting.set(side, () => build(side, all, i));
+        else fold(side);
+      });
     }
+    work();
+  };
+
+  const waiting = new Map(); // one response a frame, so that scrolling stays smooth
+  let working = false;
+  const work = () => {
+    if (working || !waiting.size) return;
+    working = true;
+    const [side, task] = waiting.entries().next().value;
+    waiting.delete(side);
+    task();
+    requestAnimationFrame(() => { working = false; work(); });
   };
 
   const legend = (layer, place) => {

@@ -1,0 +1,324 @@
+"""TokenGRPOTrainer: equal to TRL's trainer where both say the same, exact over windows, and clear about mistakes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rl_run import config, fixed_rollouts, rows, run, run_theirs, vowels
+from tiny import make_model
+from transformers import AutoModelForCausalLM
+from trl import GRPOTrainer
+
+from tokenpo.errors import InputError
+from tokenpo.integrations.rollouts import logps_under
+from tokenpo.integrations.trl import check_hooks
+from tokenpo.methods import all_methods
+
+THEIRS = [{"name": "grpo", "eps": 1e-4}]
+PLAIN = {"name": "ppo_clip", "dual_clip": None}
+ROWS = {**PLAIN, "aggregation": "row_mean_of_means"}
+
+
+def close(theirs, ours, tolerance=1e-5):
+    assert ours.losses == pytest.approx(theirs.losses, abs=tolerance)
+    assert len(ours.gradients) == len(theirs.gradients) > 0
+    for a, b in zip(theirs.gradients, ours.gradients, strict=True):
+        assert max(float((a[n] - b[n]).abs().max()) for n in a) < tolerance
+        assert max(float(g.abs().max()) for g in a.values()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("theirs", "objective"),
+    [
+        ({"loss_type": "dapo", "temperature": 0.8}, PLAIN),
+        ({"loss_type": "grpo", "beta": 0.3}, {**ROWS, "kl_coef": 0.3}),
+        ({"loss_type": "dapo", "beta": 0.3, "activation_checkpointing": True}, {**PLAIN, "kl_coef": 0.3}),
+        ({"loss_type": "grpo", "num_iterations": 2, "learning_rate": 0.1, "epsilon": 0.1},
+         {**ROWS, "clip_low": 0.1, "clip_high": 0.1}),
+        ({"loss_type": "grpo", "steps_per_generation": 4, "learning_rate": 0.1, "delta": 1.5},
+         {**ROWS, "dual_clip": 1.5}),
+        ({"loss_type": "cispo", "num_iterations": 2, "learning_rate": 0.1, "epsilon_high": 1.05},
+         {"name": "cispo", "clip_high": 0.05}),
+        ({"loss_type": "grpo", "importance_sampling_level": "sequence", "num_iterations": 2, "learning_rate": 0.1,
+          "epsilon": 3e-3, "epsilon_high": 4e-3},
+         {"name": "gspo_sequence", "clip_low": 3e-3, "clip_high": 4e-3}),
+    ],
+)  # fmt: skip
+def test_the_same_losses_and_gradients_as_trl(theirs, objective, tmp_path, model_folder):
+    """Accumulation 2, four updates; the model is that of the folder, from which TRL takes its reference."""
+    shared = ("temperature", "num_iterations", "learning_rate", "steps_per_generation", "activation_checkpointing")
+    ours = {k: v for k, v in theirs.items() if k in shared}
+    load = lambda: AutoModelForCausalLM.from_pretrained(model_folder)
+    steps = {"max_steps": 4}
+    _, a = run_theirs(config(tmp_path / "a", **theirs, **steps), model=load())
+    trainer, b = run(config(tmp_path / "b", **ours, **steps), model=load(), advantages=THEIRS, objective=objective)
+    close(a, b)
+    assert list(trainer.sharing.verdicts.values())[0]
+    if "num_iterations" in theirs:
+        assert any(log["ratio"] != 1 for log in b.logs)
+    if "beta" in theirs:
+        assert b.logs[-1]["kl/reference"] > 1e-4
+
+
+def test_one_loss_however_rows_are_split(tmp_path):
+    """1 x 8 and 4 x 2, with shared prompts and without: unequal lengths would show a mean of means."""
+    found = [
+        run(config(tmp_path, per_device_train_batch_size=b, gradient_accumulation_steps=a), share_prompts=share)[1]
+        for b, a, share in ((8, 1, True), (2, 4, False), (4, 2, True))
+    ]
+    for other in found[1:]:
+        close(found[0], other)
+
+
+def test_a_window_shorter_than_the_accumulation(tmp_path):
+    """Three batches, accumulation 2: the first update weighs two by their tokens, the second is the third alone."""
+    options = {"steps_per_generation": 1, "learning_rate": 0.0, "max_steps": -1, "num_train_epochs": 1}
+    _, one = run(config(tmp_path, gradient_accumulation_steps=1, **options), data=rows(3))
+    _, two = run(config(tmp_path, gradient_accumulation_steps=2, **options), data=rows(3))
+    assert len(one.gradients) == 3 and len(two.gradients) == 2
+    for name, last in two.gradients[1].items():
+        assert torch.allclose(last, one.gradients[2][name], atol=1e-6)
+    counts = [round(log["completions/mean_length"] * 4) for log in one.logs[:2]]
+    for name, first in two.gradients[0].items():
+        expected = sum(n * g[name] for n, g in zip(counts, one.gradients[:2], strict=True)) / sum(counts)
+        assert torch.allclose(first, expected, atol=1e-6)
+
+
+LISTS = {
+    "tokens": {"advantages": ["ktae", {"name": "a3po", "fraction": 0.3}, "whiten"],
+               "objective": {"name": "ppo_clip", "kl_coef": 0.1, "kl": "exact"}},
+    "filters": {"advantages": [{"name": "overlong", "max_length": 7, "buffer": 3}, "tempo", "dynamic_sampling",
+                               {"name": "d3s_tokens", "fraction": 0.5}],
+                "objective": {"name": "gspo", "aggregation": "row_mean_of_means"}},
+    "critic": {"advantages": ["ppo_gae", "ha_dw"], "critic": {"learning_rate": 1e-2}, "objective": "hapo"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_two_processes_that_cut_every_group(name, tmp_path):
+    """Groups of four over two processes of two rows: the advantages and gradients of one process with four."""
+    options = {"fixed": True, **LISTS[name]}
+    batch = {"gradient_accumulation_steps": 2, "steps_per_generation": 2}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    found = []
+    for processes, size in ((1, 4), (2, 2)):
+        given = {**options, "config": {**batch, "per_device_train_batch_size": size}}
+        words = [str(tmp_path / f"{processes}"), str(tmp_path / f"{processes}.pt"), json.dumps(given)]
+        script = str(Path(__file__).parent / "rl_run.py")
+        done = subprocess.run(
+            [*launch, f"--nproc_per_node={processes}", script, *words], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
+    one, two = found
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-6)
+    for a, b in zip(one["gradients"], two["gradients"], strict=True):
+        assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-6
+        assert max(float(g.abs().max()) for g in a.values()) > 1e-3
+    rows_of_one = {tuple(r[0]): r[1] for r in one["advantages"]}
+    assert len(one["advantages"]) == 24 and len({tuple(r[1]) for r in one["advantages"]}) > 6
+    for tokens, advantages in two["advantages"]:
+        assert rows_of_one[tuple(tokens)] == pytest.approx(advantages, abs=1e-5)
+
+
+SCHEDULE = {"name": "d3s", "steps": 6, "rows": [4, 8], "fraction": [0.5, 1.0]}
+
+
+@pytest.mark.parametrize("every", [3, 4])
+def test_a_resumed_run_goes_on_as_if_nothing_had_been(every, tmp_path):
+    """Eight updates, the rollouts of a batch serving four: stopped in the middle of one, and at the end of one."""
+    options = {"advantages": ["ppo_gae", "ha_dw", SCHEDULE], "critic": {"learning_rate": 1e-2}}
+    given = config(tmp_path / "run", max_steps=8, save_strategy="steps", save_steps=every, save_total_limit=9,
+                   steps_per_generation=4, num_iterations=2, optim="adamw_torch")  # fmt: skip
+    whole, kept = run(given, **options)
+    at = tmp_path / "run" / f"checkpoint-{every}"
+    again = config(tmp_path / "again", max_steps=8, steps_per_generation=4, num_iterations=2, optim="adamw_torch")
+    resumed, rest = run(again, resume=str(at), model=make_model(5), **options)
+    assert rest.losses == pytest.approx(kept.losses[every:], abs=1e-7) and len(set(rest.losses)) == 8 - every
+    assert resumed.composition.state_dict() == whole.composition.state_dict()
+    for (name, a), b in zip(whole.critic.network.state_dict().items(), resumed.critic.network.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_of_another_list_is_refused(tmp_path):
+    given = config(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
+    run(given, advantages=["grpo", "ha_dw"])
+    with pytest.raises(InputError, match="resume with the same list"):
+        run(config(tmp_path / "b"), resume=str(tmp_path / "run" / "checkpoint-1"), advantages=["grpo"])
+    with pytest.raises(InputError, match="has no critic.safetensors: it was written by a run without a critic"):
+        run(config(tmp_path / "b"), resume=str(tmp_path / "run" / "checkpoint-1"), advantages=["ppo_gae", "ha_dw"],
+            critic={})  # fmt: skip
+
+
+# Every method runs one update.
+
+INPUTS = {
+    "answer_ids": lambda r: [text[:1] for text in r.completions],
+    "prefix_values": lambda r: torch.rand(len(r.mask), r.mask.shape[1] + 1, generator=torch.Generator().manual_seed(0)),
+    "parent": lambda r: torch.tensor([-1, -1, 0, 0, 1, 1, 2, 3])[: len(r.mask)],
+    "clip_low": lambda r: r.mask * 0.1,
+    "clip_high": lambda r: r.mask * 0.3,
+}
+NEEDED = {"d3s_rows": {"keep": 5}, "d3s_group_rows": {"keep": 2}, "d3s_tokens": {"fraction": 0.5}, "d3s": SCHEDULE,
+          "overlong": {"max_length": 8, "buffer": 4}}  # fmt: skip
+KINDS = ("estimator", "shaper", "filter", "reward_shaper")
+METHODS = sorted([*(n for n, m in all_methods().items() if m.kind in KINDS), "d3s"])
+OBJECTIVES = sorted(all_methods("policy_gradient"))
+
+
+def listed(name):
+    entry = {**NEEDED.get(name, {}), "name": name}
+    kind = "filter" if name == "d3s" else all_methods()[name].kind
+    return {"estimator": [entry], "reward_shaper": [entry, "grpo"]}.get(kind, ["grpo", entry])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_estimator_shaper_and_filter_runs(name, tmp_path):
+    critic = {} if name in ("ppo_gae", "vapo") else None
+    credit = (lambda r: r.mask * r.rewards.unsqueeze(-1)) if "token_rewards" in name else None
+    trainer, keep = run(
+        config(tmp_path, max_steps=1, gradient_accumulation_steps=1, per_device_train_batch_size=8),
+        advantages=listed(name), inputs=INPUTS, critic=critic, credit=credit, keep_rollouts=8,
+    )  # fmt: skip
+    written = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert len(written) == 8 and all(len(r["tokens"]) == len(r["advantages"]) for r in written)
+    values = [a for row in written for a in row["advantages"]]
+    assert any(values) and all(abs(v) < 50 for v in values)
+    assert all(torch.isfinite(g).all() for g in keep.gradients[0].values())
+    assert any(g.abs().max() > 1e-4 for g in keep.gradients[0].values())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_runs(name, tmp_path):
+    arguments = {"dr_grpo_clip": {"length": 8}}.get(name, {})
+    _, keep = run(
+        config(tmp_path, max_steps=1), objective={"name": name, **arguments}, inputs=INPUTS, correct_above=0.1
+    )
+    assert all(torch.isfinite(g).all() for g in keep.gradients[0].values())
+    assert any(g.abs().max() > 1e-4 for g in keep.gradients[0].values())
+
+
+def test_rto_pays_the_dpo_models_log_ratios_to_a_critic(tmp_path):
+    options = {"credit": {"name": "rto", "dpo_coef": 1.0}, "inputs": {"dpo_logps": logps_under(make_model(9))}}
+    trainer, keep = run(config(tmp_path), advantages=["ppo_gae"], critic={"learning_rate": 1e-2}, **options)
+    assert trainer.reads == ("old_logps", "ref_logps") and keep.logs[-1]["critic/error"] > 0
+    assert all(g.isfinite().all() for g in keep.gradients[-1].values())
+
+
+# Filters, critic, reference.
+
+
+def test_rows_that_a_filter_takes_out_leave_the_counts(tmp_path):
+    """One of two groups has equal rewards: the loss divides by the tokens of the other alone."""
+    reward = lambda prompts, completions, **_: [
+        0.0 if p == rows_order[0] else r for p, r in zip(prompts, vowels(completions), strict=True)
+    ]
+    rows_order = ["say a:"]
+    data = rows(2)
+    plain, a = run(config(tmp_path, max_steps=1), advantages=["grpo"], reward=reward, data=data)
+    kept, b = run(config(tmp_path, max_steps=1), advantages=["grpo", "dynamic_sampling"], reward=reward, data=data)
+    whole, half = int(plain._counts["tokens"]), int(kept._counts["tokens"])
+    assert 0 < half < whole and int(kept._counts["nonempty_rows"]) == 4
+    for name, gradient in b.gradients[0].items():
+        assert torch.allclose(gradient * half / whole, a.gradients[0][name], atol=1e-6)
+
+
+def test_a_critic_learns_and_the_policy_waits_for_it(tmp_path):
+    """Constant reward 1: the error falls from 1. For two pre-training updates the policy stands still."""
+    before = make_model(0).state_dict()
+    options = {"advantages": ["vapo"], "reward": lambda completions, **_: [1.0] * len(completions)}
+    trainer, keep = run(
+        config(tmp_path, max_steps=12, learning_rate=0.1), critic={"learning_rate": 0.01, "pretrain": 2, "clip": None},
+        **options,
+    )  # fmt: skip
+    errors = [log["critic/error"] for log in keep.logs]
+    assert errors[0] == pytest.approx(1.0) and errors[-1] < 0.2
+    assert all(not g.any() for step in keep.gradients[:2] for g in step.values())
+    assert any(g.any() for g in keep.gradients[2].values())
+    assert any(not torch.equal(before[n], p) for n, p in trainer.model.state_dict().items())
+
+
+def test_aapo_asks_the_reference_once_a_prompt(tmp_path):
+    trainer, _ = run(config(tmp_path, max_steps=5), advantages=["aapo"], objective="reinforce", data=rows(2))
+    (remembered,) = trainer.composition.state_dict().values()
+    assert {k: len(v) for k, v in remembered["reference"].items()} == {'"say a:"': 4, '"say bcd:"': 4}
+
+
+def test_evaluation_does_not_move_what_remembers(tmp_path):
+    trainer, _ = run(config(tmp_path, max_steps=2, eval_strategy="no"), advantages=["grpo", "ha_dw"], eval_dataset=rows(2))
+    before = trainer.composition.state_dict()
+    found = trainer.evaluate()
+    assert trainer.composition.state_dict() == before and "eval_reward" in found
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("reward", "sentence"),
+    [
+        (lambda completions, **_: 1 / 0, r"the reward function '<lambda>' failed: ZeroDivisionError: division by zero; "),
+        (lambda completions, **_: [1.0] * 3, "returned 3 rewards for 8 completions: give one each"),
+        (lambda completions, **_: None, "returned NoneType, not a list with a reward a completion"),
+        (lambda completions, **_: [float("inf")] * 8, "returned inf for completion 0: give a finite number, or None"),
+        (lambda completions, **_: ["good"] * 8, "returned 'good' for completion 0: a reward is a number"),
+    ],
+)
+def test_a_failing_reward_function_loses_no_rollouts(reward, sentence, tmp_path):
+    with pytest.raises(InputError, match=sentence) as error:
+        run(config(tmp_path), reward=reward)
+    assert "the 8 rollouts of step 0 are in" in str(error.value)
+    kept = [json.loads(line) for line in (tmp_path / "rollouts-failed.jsonl").read_text().splitlines()]
+    assert len(kept) == 8 and all(row["prompt"] and row["completion"] for row in kept)
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_a_row_without_a_reward_gets_no_advantage(nothing, tmp_path):
+    reward = lambda completions, **_: [nothing, *vowels(completions)[1:]]
+    run(config(tmp_path, max_steps=1), reward=reward, keep_rollouts=8)
+    written = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert written[0]["reward"] is None and not any(written[0]["advantages"]) and any(written[1]["advantages"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"advantages": ["ppo_gae"]}, "'ppo_gae' needs 'values', which is not available: configure a critic"),
+        ({"advantages": ["copo"]}, "'copo' needs 'answer_ids', which is not available"),
+        ({"advantages": ["token_rewards_total"]}, "'token_rewards_total' needs 'token_rewards', which is not available"),
+        ({"objective": "vapo_clip"}, "'vapo_clip' needs 'correct', which is not available: say which rewards count"),
+        ({"objective": {"name": "ppo_clip", "kl_coef": 0.1}, "reference": "none"}, "'ppo_clip' needs 'ref_logps'"),
+        ({"credit": {"name": "rto"}}, "the credit needs 'dpo_logps', which is not available"),
+        ({"critic": {"rate": 1.0}}, "critic has no hyperparameter 'rate'"),
+        ({"config": {"beta": 0.1}}, "beta=0.1 is of TRL's own loss: give the objective kl_coef instead"),
+        ({"config": {"max_completion_length": 252}}, "has 6 tokens, which leave less than max_completion_length = 252"),
+        ({"inputs": {"answer_ids": lambda r: ["a"]}, "advantages": ["copo"]}, "answer_ids has shape"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(options, sentence, tmp_path):
+    given = config(tmp_path, **options.pop("config", {}))
+    with pytest.raises((InputError, KeyError)) as error:
+        run(given, **options)
+    assert sentence in str(error.value)
+
+
+def test_an_empty_completion_is_named(tmp_path):
+    def rollouts(prompts, trainer):
+        found = fixed_rollouts(prompts, trainer)
+        found["completion_ids"][3] = []
+        return found
+
+    with pytest.raises(InputError, match="rollout_func returned an empty completion for row 3"):
+        run(config(tmp_path), rollout_func=rollouts)
+
+
+def test_an_engine_that_changed_is_named():
+    check_hooks(GRPOTrainer)
+    changed = type("Changed", (GRPOTrainer,), {"_compute_loss": lambda self, model: None})
+    with pytest.raises(InputError, match=r"works with trl>=1\.16,<1\.17; the GRPOTrainer of trl 2\.0 has _compute_loss"):
+        check_hooks(changed, "2.0")
+    with pytest.raises(InputError, match="has no such method: _generate_and_score_completions"):
+        check_hooks(object, "0.9")

@@ -1,0 +1,258 @@
+"""Rollouts before the update: what is known of this process's rows, and the same of the rows of all processes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenpo import methods
+from tokenpo.advantages import prediction_errors
+from tokenpo.errors import InputError
+from tokenpo.statistics import PromptSharing, response_states, stats_of_states
+from tokenpo.types import TokenStats
+
+TOKEN_STATS = ("entropy", "ref_logps", "ref_kl", "policy_kl")
+OVER_VOCABULARY = ("hidden", "errors", "logits")
+STATISTICS = ("old_logps", *TOKEN_STATS, *OVER_VOCABULARY)
+"""What one pass without gradient can give; those over the vocabulary hold (B, T, d) or (B, T, V) numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """B rollouts of this process: `batch` as in `tokenpo.statistics.response_stats`, its T columns those of `mask`.
+
+    `rows` of the data set, `prompts` and `completions` as reward functions get them; `mask` (B, T) bool; `tokens`
+    (B, T) int64; `rewards`, `group` (B,); `first`: number of the first row among those of all processes; `known`: the
+    statistics and inputs found so far, by name; `model` the policy.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    prompts: Sequence[Any]
+    completions: Sequence[Any]
+    batch: dict[str, Tensor]
+    mask: Tensor
+    tokens: Tensor
+    rewards: Tensor
+    group: Tensor
+    first: int
+    known: dict[str, Any]
+    model: nn.Module
+
+
+Input = Callable[[Rollouts], Any]
+
+
+def batch_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """TRL's rows, prompts padded on the left, as `response_stats` takes them: prompt, response, padding."""
+    missing = inputs["prompt_mask"].shape[1] - inputs["prompt_mask"].sum(1)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attended = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    columns = (torch.arange(ids.shape[1], device=ids.device) + missing.unsqueeze(-1)) % ids.shape[1]
+    return {
+        "input_ids": ids.gather(1, columns),
+        "attention_mask": attended.gather(1, columns),
+        "prompt_lengths": inputs["prompt_mask"].sum(1),
+        "response_lengths": inputs["completion_mask"].sum(1),
+    }
+
+
+def widened(x: Tensor, width: int) -> Tensor:
+    """(B, T, ...) with `width` columns, zeros behind; T may be less."""
+    padding = x.new_zeros(len(x), width - x.shape[1], *x.shape[2:])
+    return torch.cat([x, padding], 1)
+
+
+def with_mask(stats: TokenStats, mask: Tensor, **more: Tensor | None) -> TokenStats:
+    """`stats` of the responses, under the narrower `mask` (B, T) and with further fields."""
+    fields = {n: widened(v, mask.shape[1]) for n, v in stats.tensors().items() if n != "mask"}
+    return TokenStats(mask=mask, **{**fields, **{n: v for n, v in more.items() if v is not None}})
+
+
+@torch.no_grad()
+def statistics(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    names: Sequence[str],
+    width: int,
+    *,
+    chunk: int,
+    temperature: float,
+    sharing: PromptSharing,
+    reference: Callable | None,
+    vocabulary: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Those of `STATISTICS` that `names` lists, (B, width, ...), by one pass in chunks of rows; no (B, T, V) logits
+    unless they are what is asked for. `vocabulary`: the token ids that `errors` are kept of.
+    """
+    outputs = ("logps", *(n for n in TOKEN_STATS if n in names))
+    found: dict[str, list[Tensor]] = {}
+    for start in range(0, len(batch["input_ids"]), chunk):
+        rows = {name: value[start : start + chunk] for name, value in batch.items()}
+        states = response_states(model, rows, reference, sharing)
+        stats = stats_of_states(states, rows, outputs, temperature=temperature)
+        values = {"old_logps": stats.logps, **{n: stats.require(n) for n in outputs[1:]}}
+        if "hidden" in names:
+            values["hidden"] = scattered(states.hidden, states.mask)
+        if "logits" in names or "errors" in names:
+            logits = states.head.logits(states.hidden) / temperature
+            if "logits" in names:
+                values["logits"] = scattered(logits, states.mask)
+            if "errors" in names:
+                values["errors"] = scattered(prediction_errors(logits, states.tokens, vocabulary), states.mask)
+        for name, value in values.items():
+            found.setdefault(name, []).append(widened(value, width))
+    torch.clear_autocast_cache()  # casts made without gradient would cut the policy's
+    return {name: torch.cat(parts) for name, parts in found.items() if name in names}
+
+
+def scattered(values: Tensor, mask: Tensor) -> Tensor:
+    """(B, T, k) with `values` (N, k) at the N True positions of `mask`, row by row, and zeros elsewhere."""
+    out = values.new_zeros(*mask.shape, values.shape[-1])
+    out[mask] = values
+    return out
+
+
+def gathered(accelerator: Any, x: Tensor) -> Tensor:
+    """The rows of all processes, in their order; columns filled up with zeros to the longest."""
+    if accelerator.num_processes == 1:
+        return x
+    whole = x.long() if x.dtype == torch.bool else x
+    if whole.dim() > 1:
+        whole = accelerator.pad_across_processes(whole, dim=1)
+    return accelerator.gather(whole.contiguous()).to(x.dtype)
+
+
+def gathered_objects(values: Sequence[Any]) -> list[Any]:
+    """Python objects of all processes, in their order."""
+    from accelerate.utils import gather_object
+
+    return gather_object(list(values))
+
+
+def as_tensor(name: str, values: Any, mask: Tensor) -> Tensor:
+    """What an input function returned as a tensor with a row a rollout; strings become numbers over all processes."""
+    if isinstance(values, Sequence) and len(values) == len(mask) and all(isinstance(v, str) for v in values):
+        known = {text: i for i, text in enumerate(sorted(set(gathered_objects(values))))}
+        return torch.tensor([known[v] for v in values], device=mask.device)
+    if isinstance(values, Sequence) and values and isinstance(values[0], Sequence):
+        lengths = [len(v) for v in values]
+        if len(values) != len(mask) or max(lengths) > mask.shape[1]:
+            raise InputError(f"{name} must have a row a rollout and at most {mask.shape[1]} numbers a row")
+        values = torch.stack([widened(torch.tensor(v).float().unsqueeze(0), mask.shape[1])[0] for v in values])
+    found = torch.as_tensor(values, device=mask.device)
+    if found.dim() == 0 or len(found) != len(mask):
+        raise InputError(f"{name} has shape {tuple(found.shape)} but there are {len(mask)} rollouts: give a row each")
+    return widened(found, mask.shape[1]) if found.dim() == 2 and found.shape[1] < mask.shape[1] else found
+
+
+def credit_function(config: str | Mapping[str, Any] | Input) -> tuple[Input, tuple[str, ...]]:
+    """(rollouts -> token rewards, names it reads): a function, a column of the data, or a registered credit method.
+
+    `{name: rto, dpo_coef: 0.1}` is called with what its arguments are named after: rewards, mask, statistics, inputs.
+    """
+    if callable(config):
+        return config, ()
+    if isinstance(config, str):
+        return lambda rollouts: [_cell(row, config, i) for i, row in enumerate(rollouts.rows)], ()
+    given = {key: value for key, value in config.items() if key != "name"}
+    method = methods.get(str(config.get("name")), "credit")
+    function = methods.bind(method.name, method.function, given)
+    arguments = inspect.signature(method.function).parameters.values()
+    names = [p.name for p in arguments if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+
+    def read(rollouts: Rollouts) -> Tensor:
+        own = {"rewards": rollouts.rewards, "mask": rollouts.mask, "tokens": rollouts.tokens, "group": rollouts.group}
+        return function(**{n: own[n] if n in own else rollouts.known[n] for n in names})
+
+    return read, tuple(n for n in names if n not in ("rewards", "mask", "tokens", "group"))
+
+
+def logps_under(model: nn.Module, *, temperature: float = 1.0) -> Input:
+    """An input function: the log-probs of the sampled tokens under another, frozen model, such as RTO's `dpo_logps`."""
+
+    def score(rollouts: Rollouts) -> Tensor:
+        found = statistics(
+            model, rollouts.batch, ("old_logps",), rollouts.mask.shape[1], chunk=len(rollouts.mask),
+            temperature=temperature, sharing=PromptSharing(False), reference=None,
+        )  # fmt: skip
+        return found["old_logps"]
+
+    return score
+
+
+def _cell(row: Mapping[str, Any], column: str, number: int) -> Any:
+    if row.get(column) is None:
+        raise InputError(f"credit: rollout {number} has no column '{column}': name one of the data, or of rollout_func")
+    return row[column]
+
+
+# Reward functions: a failure is kept until all processes have come to the same point.
+
+
+def checked_reward(function: Any, failures: list[str]) -> Any:
+    """`function` in TRL's signature; what goes wrong in it becomes a sentence of `failures` and rewards of None.
+
+    None or NaN for a completion is a row without a reward; infinity, another length, no list, or an exception fails.
+    """
+    name = getattr(function, "__name__", type(function).__name__)
+
+    def checked(values: Any, expected: int) -> list[float | None]:
+        problem = _problem(values, expected)
+        if problem is None:
+            return [None if v is None else float(v) for v in values]
+        failures.append(f"the reward function '{name}' {problem}")
+        return [None] * expected
+
+    def failed(reason: Exception, expected: int) -> list[float | None]:
+        what = str(reason).strip().split("\n")[0]
+        failures.append(f"the reward function '{name}' failed: {type(reason).__name__}: {what}".rstrip(": "))
+        return [None] * expected
+
+    if inspect.iscoroutinefunction(function):
+
+        async def later(**given: Any) -> list[float | None]:
+            try:
+                return checked(await function(**given), len(given["completions"]))
+            except Exception as reason:
+                return failed(reason, len(given["completions"]))
+
+        return functools.wraps(function)(later)
+
+    def now(**given: Any) -> list[float | None]:
+        try:
+            return checked(function(**given), len(given["completions"]))
+        except Exception as reason:
+            return failed(reason, len(given["completions"]))
+
+    now.__name__ = name
+    return now
+
+
+def _problem(values: Any, expected: int) -> str | None:
+    if values is None or isinstance(values, (str, Mapping)) or not hasattr(values, "__len__"):
+        return f"returned {type(values).__name__}, not a list with a reward a completion"
+    if len(values) != expected:
+        return f"returned {len(values)} rewards for {expected} completions: give one each"
+    for i, value in enumerate(values):
+        try:
+            number = float("nan") if value is None else float(value)
+        except (TypeError, ValueError):
+            return f"returned {value!r} for completion {i}: a reward is a number, or None where there is none"
+        if abs(number) == float("inf"):
+            return f"returned {number} for completion {i}: give a finite number, or None where there is none"
+    return None
+
+
+def write_rollouts(file: Path, rows: Sequence[Mapping[str, Any]], *, fresh: bool = False) -> None:
+    """Append rows as JSON lines; `fresh` replaces what is there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w" if fresh else "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
