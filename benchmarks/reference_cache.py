@@ -258,7 +258,8 @@ def main() -> None:
         for name in arguments.dtype:
             found[name] = rates(getattr(torch, name), arguments.repeats)
             for keep in ("logps", "hidden", "topk 64"):
-                print(f"{name:9} {keep:8} " + "  ".join(f"{k} {v:.4g}" for k, v in found[name][keep].items()))
+                line = "  ".join(f"{k} {v:.4g}" for k, v in found[name][keep].items())
+                print(f"{name:9} {keep:8} {line}", flush=True)
     print(json.dumps(found))
 
 

@@ -36,7 +36,7 @@ RUNS: dict[str, Sequence[str]] = {
     "segments": ("reading.name=segments", "reading.threshold=1.5", "learning_rate=0.002", "max_steps=400"),
     "token_classes": ("reading.name=token_classes", "learning_rate=0.003", "max_steps=400"),
     "values": ("reading.name=values", "learning_rate=0.002", "max_steps=400"),
-    "implicit": ("reading.name=implicit", "reading.beta=3", "learning_rate=0.001", "max_steps=400"),
+    "implicit": ("reading.name=implicit", "reading.beta=1", "learning_rate=0.001", "max_steps=400"),
 }
 DPO = ("loss.name=dpo", "samples=0", "max_steps=200")
 INTRODUCTION = """\
@@ -48,7 +48,7 @@ the k words with the least credit, k being how many there are (equal credit: {ch
 with 95% bootstrap intervals. *Accuracy* is how often the model's score ranks a held-out pair rightly; the best possible
 over all held-out pairs is 0.899. `prefixes` and `last_token` are one model, since RED reads an ordinary reward model;
 what `last_token` pays stands on the last token, which is part of no word, so its row shows its head after each token
-instead. Seconds are of a machine that other work shared."""
+instead. Seconds are of a machine that other work shared. With beta 3 in place of 1, `implicit` had AUROC 0.929."""
 BATCH = 50
 PLAIN = 10
 """Texts of plain sampling a prompt, as many tokens as a search samples or more."""

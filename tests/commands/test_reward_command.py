@@ -126,7 +126,7 @@ def test_search_by_value(values_run, model_folder, tmp_path, capsys):
 
 def test_the_embedded_model_and_pairs_have_settings_of_their_own():
     config = reward_config(["reading.name=implicit", "max_steps=7"])
-    assert (config.learning_rate, config.max_steps, config.reading) == (1e-3, 7, {"name": "implicit", "beta": 3.0})
+    assert (config.learning_rate, config.max_steps, config.reading) == (1e-3, 7, {"name": "implicit", "beta": 1.0})
 
 
 @pytest.mark.parametrize(

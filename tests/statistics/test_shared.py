@@ -168,6 +168,15 @@ def test_fewer_columns_go_through_the_model():
     assert sharing.hidden(model, alone).shape == (4, 32) and seen[-1] == (1, 34)  # nothing to gain
 
 
+def test_nothing_is_decided_by_a_batch_that_tests_nothing():
+    model, sharing = make_model(), PromptSharing()
+    for prompts, responses in (([(0, 9)], [4]), ([(0, 9)] * 3, [1, 1, 5]), ([(0, 9), (1, 3)], [0, 0])):
+        batch = make_batch(prompts, responses)
+        torch.testing.assert_close(sharing.hidden(model, batch), unshared(model, batch))
+        assert not len(sharing.verdicts)
+    assert sharing.shares(model, PAIRS)
+
+
 def test_long_groups_go_into_one_row(monkeypatch):
     monkeypatch.setattr(shared, "SHORT", 10)
     model = make_model()

@@ -34,8 +34,8 @@ def test_every_row_once_and_within_the_budget(processes):
             rows = [LENGTHS[i] for i in batch if i != FILLER]
             assert not rows or max(rows) * len(rows) <= 200 or len(rows) == 1
     assert first != second and first == batches(sampler)
-    composition = {frozenset(b) for b in first} & {frozenset(b) for b in second}
-    assert len(composition) < 0.4 * len(first)  # rows that stay alone aside, an epoch deals anew
+    several = [{frozenset(b) for b in found if len(set(b) - {FILLER}) > 2} for found in (first, second)]
+    assert len(several[0]) > 15 and len(several[0] & several[1]) <= 2  # an epoch deals anew
 
 
 def test_rows_of_a_micro_batch_are_alike_in_length():
@@ -48,7 +48,7 @@ def test_rows_of_a_micro_batch_are_alike_in_length():
         return sum(max(rows) * len(rows) - sum(rows) for rows in found) / sum(LENGTHS)
 
     assert padding([order[i : i + 8] for i in range(0, len(order), 8)]) > 0.9
-    assert padding(batches(sampler)) < 0.25
+    assert padding(batches(sampler)) < 0.35
 
 
 def test_processes_of_a_step_get_like_micro_batches():

@@ -67,7 +67,7 @@ EMBEDDED: dict[str, Any] = {
 }
 """What suits the embedded model and pairs: tiny models want large steps."""
 
-EMBEDDED_READING: dict[str, dict[str, Any]] = {"implicit": {"beta": 3.0}}
+EMBEDDED_READING: dict[str, dict[str, Any]] = {"implicit": {"beta": 1.0}}
 
 
 @dataclass

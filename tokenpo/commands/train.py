@@ -86,6 +86,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     import transformers
 
     from tokenpo.data.control_tokens import add_control_tokens, grow_embeddings
+    from tokenpo.report import write_run_report
     from tokenpo.training import PreferenceTrainer, ProgressLine, StepClock, last_checkpoint
 
     transformers.utils.logging.disable_progress_bar()
@@ -160,8 +161,9 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
         compare.show(summary, say)
         compare.draw(run, [*rows, {"step": trainer.state.global_step, **evaluation}], summary)
         write_json(run / "summary.json", summary)
+        write_run_report(run)
         texts = ", samples.jsonl" if after is not None else ""
-        say(f"written: {run}/ (model/, summary.json, metrics.jsonl, curves.png{texts})")
+        say(f"written: {run}/ (model/, summary.json, metrics.jsonl, curves.png, report.html{texts})")
     return run
 
 

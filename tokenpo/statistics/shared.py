@@ -63,9 +63,11 @@ class PromptSharing:
         return take(hidden_before_head(model, batch), places, "the model's")
 
     def shares(self, model: nn.Module, batch: Batch) -> bool:
-        """Can `model` share prompts? Decided, and said, with the first batch that it is asked for."""
+        """Can `model` share prompts? Decided, and said, with the first batch that puts it to the test."""
         inner = model.module if isinstance(model, DistributedDataParallel) else model
         if inner not in self.verdicts:
+            if not _branches(batch):
+                return False
             reason = why_not(inner) or differs(inner, batch)
             if reason and self.mode is True:
                 raise InputError(f"share_prompts is true, but {type(inner).__name__} cannot: {reason}")
@@ -84,7 +86,10 @@ class PromptSharing:
 
 def why_not(model: nn.Module) -> str | None:
     """What in the configuration or the class of `model` rules packed rows out; None if nothing does."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base: Any = model
+    while not hasattr(base, "get_output_embeddings") and hasattr(base, "module"):
+        base = base.module
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
     name, config = type(base).__name__, text_config(model)
     implementation = getattr(config, "_attn_implementation", None)
     others = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYERS))
@@ -99,18 +104,13 @@ def why_not(model: nn.Module) -> str | None:
 
 @torch.no_grad()
 def differs(model: nn.Module, batch: Batch) -> str | None:
-    """How the packed forward of `batch` fails or departs from the ordinary one; None if it agrees.
-
-    A batch of one row is taken twice, so that there is something to share.
-    """
-    names = ("input_ids", "attention_mask", "prompt_lengths", "response_lengths")
-    rows = {n: torch.cat([batch[n]] * 2) if len(batch[n]) == 1 else batch[n] for n in names}
-    wanted = take(hidden_before_head(model, rows), places_of(rows), "the model's")
+    """How the packed forward of `batch` fails or departs from the ordinary one; None if it agrees."""
+    wanted = take(hidden_before_head(model, batch), places_of(batch), "the model's")
     tolerance = TOLERANCES.get(wanted.dtype, 0.05)
     reason = None
-    for layout in layouts(model) if wanted.numel() else ():
+    for layout in layouts(model):
         try:
-            found = packed_hidden(model, pack(rows, flat=layout == "flat"))
+            found = packed_hidden(model, pack(batch, flat=layout == "flat"))
         except Exception as failure:
             reason = f"a packed forward of {type(model).__name__} fails: {failure}"
             break
@@ -239,6 +239,13 @@ def _pieces(batch: Batch) -> tuple[list[list[Piece]], list[int]]:
         if same[-1] == row:
             members.append(Piece(row, prompt, last - prompt))
     return list(groups.values()), same
+
+
+def _branches(batch: Batch) -> bool:
+    """Are there states to compare, and does packing put anything behind each other that must not see each other?"""
+    groups, _ = _pieces(batch)
+    several = len(groups) > 1 or sum(piece.length > 0 for members in groups for piece in members[1:]) > 1
+    return several and bool(batch["response_lengths"].any())
 
 
 def _widest(groups: Sequence[list[Piece]]) -> int:
