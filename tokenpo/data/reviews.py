@@ -227,6 +227,24 @@ def sum_by_word(text: str, spans: Iterable[tuple[int, int]], values: Iterable[fl
     return [(word[0], WORTHS.get(word[0].lower(), 0.0), total) for word, total in zip(words, sums, strict=True)]
 
 
+def corrected(text: str, rng: random.Random) -> str:
+    """`text` with every word of negative worth replaced by one of positive worth that fits its place, and nothing else.
+
+    What an annotator who edits as little as possible would hand back: pairs (corrected, text) have exact edit labels.
+    """
+
+    def better(match: re.Match[str]) -> str:
+        word = match[0].lower()
+        if WORTHS.get(word, 0.0) >= 0:
+            return match[0]
+        fitting = [w for words in LEXICON.values() if word in words for w, worth in words.items() if worth > 0]
+        alike = [w for w in fitting if (w[0] in "aeiou") == (word[0] in "aeiou")] or fitting  # "a" and "an" stay right
+        found = alike[int(rng.random() * len(alike))]
+        return found.capitalize() if match[0][0].isupper() else found
+
+    return WORD.sub(better, text)
+
+
 def preference_probability(first: float, second: float, tau: float = TAU) -> float:
     """Bradley-Terry: `sigmoid((first - second) / tau)` for two true rewards."""
     return 0.5 * (1.0 + math.tanh((first - second) / (2.0 * tau)))  # tanh cannot overflow

@@ -7,7 +7,7 @@
 `prepare` is these together. Rows are known by their tokens, so order, repetition and the split a row is in do not
 matter. Only what the reference says of response tokens is kept: `logps` always, and by `keep`
 
-`logps`   nothing more: 4 bytes a token
+`logps`   nothing more: 4 bytes a token, about 13 on the disk for responses of 64 tokens
 `hidden`  the states that meet the head, in their own dtype: KLs and logits are exact
 `topk`    the k likeliest tokens and the mass of all others: KLs from below (`tokenpo.statistics.kl_bounds`)
 """
