@@ -24,7 +24,7 @@ from torch import Tensor
 from tokenpo.credit import abc_rewards, implicit_rewards, last_token_rewards, uniform_rewards
 from tokenpo.data import PreferenceCollator, load_preferences, tokenize_preferences
 from tokenpo.data.edits import add_edits
-from tokenpo.data.reviews import corrected, embedded_model_path, embedded_pairs, prompts, true_reward
+from tokenpo.data.reviews import corrected, embedded_model_path, embedded_pairs, prompts, spoiled, true_reward
 from tokenpo.evaluation import generate, mean_interval, value_guided_search, value_of
 from tokenpo.evaluation.intervals import Interval
 from tokenpo.evaluation.word_credit import word_figures
@@ -32,7 +32,7 @@ from tokenpo.reward_models import RewardModel
 from tokenpo.statistics import LinearHead, hidden_before_head, response_stats
 
 ROOT = Path(__file__).parent.parent
-EDITED = "token_classes, minimal corrections"
+EDITED = "token_classes, minimal edits"
 RUNS: dict[str, Sequence[str]] = {
     "prefixes": ("reading.name=prefixes", "learning_rate=0.001", "max_steps=256"),
     "segments": ("reading.name=segments", "reading.threshold=1.5", "learning_rate=0.002", "max_steps=400"),
@@ -40,7 +40,7 @@ RUNS: dict[str, Sequence[str]] = {
     "values": ("reading.name=values", "learning_rate=0.002", "max_steps=400"),
     "implicit": ("reading.name=implicit", "reading.beta=1", "learning_rate=0.001", "max_steps=400"),
 }
-CORRECTED = ("reading.name=token_classes", "learning_rate=0.003", "max_steps=400", "batch_size=32", "max_length=96")
+MINIMAL = ("reading.name=token_classes", "learning_rate=0.003", "max_steps=400", "batch_size=32", "max_length=96")
 DPO = ("loss.name=dpo", "samples=0", "max_steps=200")
 INTRODUCTION = """\
 Made by `python scripts/compare_readings.py`: every reading trained on the embedded pairs (402,304 parameters, 8192
@@ -52,8 +52,9 @@ with 95% bootstrap intervals. *Accuracy* is how often the model's score ranks a 
 over all held-out pairs is 0.899. `prefixes` and `last_token` are one model, since RED reads an ordinary reward model;
 what `last_token` pays stands on the last token, which is part of no word, so its row shows its head after each token
 instead. `token_classes` learns from what differs between two unrelated responses; beside it the same reading learns
-from rejected reviews and their minimal corrections (every bad word replaced, nothing else), which is the data that its
-authors made with a language model. Seconds are of a machine that other work shared. """
+from minimal edits, the data that its authors made with a language model: rejected reviews with every bad word replaced
+by a good one, chosen reviews with every good word replaced by a bad one, nothing else changed. Seconds are of a machine
+that other work shared."""
 BATCH = 50
 PLAIN = 10
 """Texts of plain sampling a prompt, as many tokens as a search samples or more."""
@@ -70,11 +71,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     models = {name: train(args.runs / name, ("reward", "train", *words)) for name, words in RUNS.items()}
-    edited = args.runs / "corrected.jsonl"
+    edited = args.runs / "edited.jsonl"
     if not edited.exists():
-        write_corrected(edited)
+        write_edited(edited)
     schedule = ("trainer.lr_scheduler_type=linear", "trainer.warmup_steps=20", f"train={edited}")
-    models[EDITED] = train(args.runs / EDITED, ("reward", "train", *CORRECTED, *schedule))
+    models[EDITED] = train(args.runs / EDITED, ("reward", "train", *MINIMAL, *schedule))
     dpo = causal(train(args.runs / "dpo", ("train", *DPO)))
     pairs = embedded_pairs("test")[: args.pairs]
     judged = {name: RewardModel.from_pretrained(folder) for name, folder in models.items()}
@@ -97,10 +98,11 @@ def train(folder: Path, words: Sequence[str]) -> Path:
     return folder / "model"
 
 
-def write_corrected(path: Path) -> None:
-    """Rejected reviews of the training pairs beside their minimal correction, where there is something to correct."""
+def write_edited(path: Path) -> None:
+    """Reviews of the training pairs beside a minimal edit: the rejected ones corrected, the chosen ones spoiled."""
     rng = random.Random(0)
     pairs = [{**p, "chosen": corrected(p["rejected"], rng)} for p in embedded_pairs("train")]
+    pairs += [{**p, "rejected": spoiled(p["chosen"], rng)} for p in embedded_pairs("train")]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(p) + "\n" for p in pairs if p["chosen"] != p["rejected"]))
 

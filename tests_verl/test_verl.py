@@ -282,7 +282,7 @@ class Queue:
 
     def put(self, keys, partition_id, fields):
         self.columns.update(fields.items())
-        return SimpleNamespace(keys=keys, partition_id=partition_id)
+        return transfer_queue.KVBatchMeta(keys=keys, partition_id=partition_id, tags=[{} for _ in keys])
 
 
 def trainer(monkeypatch, tmp_path, *overrides):
@@ -296,7 +296,7 @@ def trainer(monkeypatch, tmp_path, *overrides):
     monkeypatch.setattr(transfer_queue, "kv_batch_put", queue.put)
     made = TokenpoTrainer(config)
     made.global_steps = 40
-    return made, queue, SimpleNamespace(keys=[f"{uid}_{i}_0" for i, uid in enumerate(UIDS)], partition_id="train")
+    return made, queue, queue.put([f"{uid}_{i}_0" for i, uid in enumerate(UIDS)], "train", {})
 
 
 def padded(x):

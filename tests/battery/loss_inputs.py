@@ -200,6 +200,38 @@ def outcomes(layout: Layout) -> Case:
     return of_sides(layout, {"stats": "chosen"}, counts, correct=correct)
 
 
+def head_at_the_end(layout: Layout) -> Case:
+    """Only the value at the last token is read, so garbage stands at all others too."""
+    inputs, leaves = {"margin": layout.a_row([0.1, 0.0, -0.2, 0.3])}, {}
+    for side in ("chosen", "rejected"):
+        mask = layout.mask(side)
+        last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)
+        inputs |= {
+            f"{side}_values": torch.where(last, layout.values(side, "values"), layout.garbage),
+            f"{side}_mask": mask,
+        }
+        leaves[f"{side}_values"] = mask
+    return Case(inputs, leaves, {"pairs": len(layout.rows)})
+
+
+def roll_outs(wanted: list[Any], *classes: int) -> Callable[[Layout], Case]:
+    def build(layout: Layout) -> Case:
+        mask, logits = layout.mask("chosen"), layout.values("chosen", "logits", *classes)
+        inputs = {"logits": logits, "outcomes": layout.a_row(wanted), "mask": mask}
+        return Case(inputs, {"logits": mask}, {"rows": len(layout.rows)})
+
+    return build
+
+
+def labelled_tokens(layout: Layout) -> Case:
+    """Every token but each second one of a row has a label."""
+    classes = layout.flat("chosen", "labels").double().abs().mul(2).long().clamp(max=2)
+    counted = torch.cat([torch.arange(n) % 2 == 0 for n in (*layout.lengths("chosen"), 0)])
+    labels = layout.place("chosen", torch.where(counted, classes, -1), -1)
+    inputs = {"logits": layout.values("chosen", "logits", 3), "labels": labels}
+    return Case(inputs, {"logits": layout.mask("chosen")}, {"rows": len(layout.rows)})
+
+
 BUILDERS: dict[str, Callable[[Layout], Case]] = {
     "supervised": supervised,
     "controlled_pairs": controlled_pairs,
@@ -213,6 +245,10 @@ BUILDERS: dict[str, Callable[[Layout], Case]] = {
     "token_class": token_classes,
     "changed_token_class": token_classes,
     "implicit_prm": implicit_prm,
+    "bradley_terry": head_at_the_end,
+    "outcome_classes": roll_outs([1, 0, 2, 1], 3),
+    "outcome_binary": roll_outs([1.0, 0.0, 0.0, 1.0]),
+    "labelled_tokens": labelled_tokens,
     "value": critic,
     "outcome": outcomes,
 }

@@ -228,3 +228,17 @@ def test_model_is_near_the_grammar(model, tokenizer):
             logps = torch.log_softmax(model(input_ids=ids[:, :-1]).logits.float(), -1)
         nats -= logps[0].gather(-1, ids[0, 1:, None])[len(head) - 1 :].sum().item()
     assert nats <= 1.04 * sum(surprisal for _, surprisal in drawn)
+
+
+def test_minimal_edits_turn_every_word_of_one_sign_and_nothing_else():
+    rng = random.Random(0)
+    for pair in reviews.embedded_pairs("test")[:50]:
+        for text, edit, sign in ((pair["rejected"], reviews.corrected, -1), (pair["chosen"], reviews.spoiled, 1)):
+            before, after = reviews.WORD.findall(text), reviews.WORD.findall(edit(text, rng))
+            assert len(before) == len(after)
+            for old, new in zip(before, after, strict=True):
+                worth = reviews.WORTHS.get(old.lower(), 0.0)
+                if sign * worth > 0:
+                    assert sign * reviews.WORTHS[new.lower()] < 0 and old[0].isupper() == new[0].isupper()
+                else:
+                    assert new == old

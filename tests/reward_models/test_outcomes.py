@@ -26,8 +26,9 @@ def test_every_token_of_a_roll_out_carries_its_outcome():
     first = 0.5 * (math.log(4 / 3) + math.log(2.0))
     assert out.per_pair.tolist() == pytest.approx([first, math.log(4.0)])
     assert out.loss.item() == pytest.approx((first + math.log(4.0)) / 2)
-    assert out.metrics["rewards/correct"].item() == pytest.approx(0.5)
-    assert out.metrics["rewards/others"].item() == pytest.approx(0.75)
+    assert out.metrics["rewards/last"].item() == pytest.approx((0.5 + 0.75) / 2)
+    assert out.metrics["rewards/labelled"].item() == pytest.approx((0.5 - 0.75) / 2)
+    assert out.metrics["rewards/accuracies"].item() == pytest.approx(0.0)
     (gradient,) = torch.autograd.grad(out.loss, logits)
     assert gradient[1, 1].tolist() == [0.0, 0.0] and gradient.isfinite().all()
 
@@ -44,7 +45,7 @@ def test_one_logit_is_two_classes_with_a_zero():
     two = outcome_class_loss(torch.stack((torch.zeros_like(z), z), -1), y, mask)
     one = outcome_binary_loss(z, y, mask)
     torch.testing.assert_close(one.per_pair, two.per_pair)
-    torch.testing.assert_close(one.metrics["rewards/correct"], two.metrics["rewards/correct"])
+    torch.testing.assert_close(one.metrics["rewards/labelled"], two.metrics["rewards/labelled"])
 
 
 def test_unlabelled_tokens_are_left_out():

@@ -37,7 +37,7 @@ def make_trainer(folder, loss, batch=4, accumulate=1, keep=None, **options):
     teachers = {name: make_reference(f"model:{2 + i}", policy, load=load) for i, name in enumerate(names)}
     args = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
-        max_steps=4, learning_rate=1e-2, max_grad_norm=0.0, logging_steps=1, save_strategy="no", report_to="none",
+        max_steps=4, learning_rate=1e-3, max_grad_norm=0.0, logging_steps=1, save_strategy="no", report_to="none",
         disable_tqdm=True, use_cpu=True, optim="sgd", lr_scheduler_type="constant", seed=3,
         per_device_eval_batch_size=3,
     )  # fmt: skip
@@ -70,7 +70,7 @@ def first_batch(trainer, n=3, fillers=0):
 def test_micro_batches_add_up_to_the_batch(loss, tmp_path, monkeypatch):
     """4 x 1 against 1 x 4, short last window included; KTO with its KL held fixed, which a split changes."""
     monkeypatch.setattr(engines, "estimate_kl", lambda *_: torch.tensor(0.7))
-    assert_same(run(tmp_path / "small", loss, 1, 4), run(tmp_path / "whole", loss, 4, 1), 4e-6)
+    assert_same(run(tmp_path / "small", loss, 1, 4), run(tmp_path / "whole", loss, 4, 1), 2e-6)
 
 
 @pytest.mark.parametrize("loss", ["kto", "mapl_intra", "meet", "aligndistil"])

@@ -232,17 +232,27 @@ def corrected(text: str, rng: random.Random) -> str:
 
     What an annotator who edits as little as possible would hand back: pairs (corrected, text) have exact edit labels.
     """
+    return _turned(text, rng, -1)
 
-    def better(match: re.Match[str]) -> str:
+
+def spoiled(text: str, rng: random.Random) -> str:
+    """The mirror of `corrected`: every word of positive worth gives way to one of negative worth."""
+    return _turned(text, rng, 1)
+
+
+def _turned(text: str, rng: random.Random, sign: int) -> str:
+    """Words whose worth has that sign replaced by ones of the other sign that may stand in their place."""
+
+    def other(match: re.Match[str]) -> str:
         word = match[0].lower()
-        if WORTHS.get(word, 0.0) >= 0:
+        if sign * WORTHS.get(word, 0.0) <= 0:
             return match[0]
-        fitting = [w for words in LEXICON.values() if word in words for w, worth in words.items() if worth > 0]
+        fitting = [w for words in LEXICON.values() if word in words for w, worth in words.items() if sign * worth < 0]
         alike = [w for w in fitting if (w[0] in "aeiou") == (word[0] in "aeiou")] or fitting  # "a" and "an" stay right
         found = alike[int(rng.random() * len(alike))]
         return found.capitalize() if match[0][0].isupper() else found
 
-    return WORD.sub(better, text)
+    return WORD.sub(other, text)
 
 
 def preference_probability(first: float, second: float, tau: float = TAU) -> float:

@@ -31,7 +31,8 @@ def outcome_class_loss(logits: Tensor, outcomes: Tensor, mask: Tensor) -> LossOu
 
     `logits` (B, T, k): the head after each response token; `outcomes` (B,) int64 class ids, 1 = correct (0 incorrect,
     2 incomplete; V does not depend on which of the others is which); `mask` (B, T) bool of the roll-out's own tokens.
-    An empty row adds 0 and is counted. Unit: rows. Rewards logged: V at the last token.
+    An empty row adds 0 and is counted. Unit: rows. Logged, as means over rows: V at the last
+    token, the same with the sign of the outcome (`rewards/labelled`), and how often it lies on the right side of 1/2.
     """
     labels = outcomes.unsqueeze(-1).expand(mask.shape)
     _check_classes(logits, labels, mask)
@@ -105,11 +106,12 @@ def _rows(per_token: Tensor, values: Tensor, correct: Tensor, mask: Tensor) -> L
     losses = per_token.sum(-1)
     total = losses.sum()
     last = masked.sum(values.detach(), final_token(mask), -1)
-    metrics = {
-        "rewards/correct": masked.mean(last, correct),
-        "rewards/others": masked.mean(last, ~correct),
-        "rewards/accuracies": ((last > 0.5) == correct).float().mean() if len(last) else total.detach(),
+    per_row_metrics = {
+        "rewards/last": last,
+        "rewards/labelled": torch.where(correct, last, -last),
+        "rewards/accuracies": ((last > 0.5) == correct).float(),
     }
+    metrics = {name: value.sum() / max(len(value), 1) for name, value in per_row_metrics.items()}
     return LossOutput(
         loss=total / max(len(losses), 1), sums={"rows": total}, per_pair=losses,
         per_token=(per_token[correct], per_token[~correct]), metrics=metrics,

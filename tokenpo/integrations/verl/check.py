@@ -102,8 +102,8 @@ def _how(method: methods.Method) -> str:
     obstacle = estimator_obstacle(method)
     if obstacle:
         return _no(obstacle)
-    needs = [need for need in method.needs if need not in (*PLAIN, "anchor")]
-    if not needs and method.kind != "filter" and "anchor" not in method.needs:
+    needs = [need for need in method.needs if need not in PLAIN]
+    if not needs and method.kind != "filter":
         return "registered" if method.kind == "estimator" else "any trainer"
     asked = [TO_BE_ASKED_FOR[need] for need in needs if need in ("values", "ref_logps")]
     words = "registered, needs " if method.kind == "estimator" else "needs "

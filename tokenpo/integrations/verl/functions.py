@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenpo import methods
+from tokenpo import masked, methods
 from tokenpo.advantages import Composition, compose, value_targets
 from tokenpo.errors import InputError, MissingInputError
 from tokenpo.integrations.verl.fields import LIST, PLAIN, PREFIX, STEP, TRANSFERRED, batch, hyperparameters, of
@@ -33,11 +33,15 @@ UNREAD = {
 }
 """Settings of verl's own methods that ours do not read, with the values that say they were left alone."""
 
+REMEMBERED = ("anchor",)
+"""Inputs that a part of a list makes itself, from the batches before."""
+
 OF_THE_TRAINER = (*TRANSFERRED, "step")
 TO_BE_ASKED_FOR = {
     "values": "critic.enable=True",
     "ref_logps": "actor_rollout_ref.actor.use_kl_loss=True",
     "entropy": "algorithm.rollout_correction.bypass_mode=False",
+    "sampling_logps": "actor_rollout_ref.rollout.calculate_log_probs=True",
 }
 """Inputs that verl computes on request -> the request."""
 
@@ -53,8 +57,7 @@ def estimator_obstacle(method: methods.Method) -> str | None:
     arguments = inspect.signature(method.function).parameters.values()
     needs = [p.name for p in arguments if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
     given = ("rewards", "group", "mask", "advantages", *PLAIN, *OF_THE_TRAINER)
-    own_state = {"anchor"}
-    missing = [name for name in needs if name not in given and name not in own_state]
+    missing = [name for name in needs if name not in (*given, *REMEMBERED)]
     return f"verl computes no {' and no '.join(missing)}" if missing else None
 
 
@@ -103,11 +106,13 @@ def composition(name: str, node: Any, available: Collection[str]) -> Composition
 
 
 def remedy(need: str, plain: bool = True) -> str:
-    """The end of a sentence about an input that is not there."""
+    """The end of a sentence about an input that is not there; `plain`: under a trainer of verl's own."""
     if need not in OF_THE_TRAINER:
         return "verl does not compute it, take another estimator"
-    asked = f"set {TO_BE_ASKED_FOR[need]}" if need in TO_BE_ASKED_FOR else "this verl does not transfer it"
-    return "set trainer.v1.trainer_mode=tokenpo" + (f" and {asked[4:]}" if need == "values" else "") if plain else asked
+    settings = ["trainer.v1.trainer_mode=tokenpo"] if plain else []
+    if need in TO_BE_ASKED_FOR and (need == "values" or not plain):
+        settings.append(TO_BE_ASKED_FOR[need])
+    return f"set {' and '.join(settings)}"
 
 
 def estimator(name: str) -> Advantages:
@@ -169,10 +174,12 @@ def objective(name: str) -> Loss:
 
         refuse_unread(name, "actor", config)
         mask = response_mask.bool()
-        weights = None if rollout_is_weights is None else rollout_is_weights.detach().expand_as(log_prob)
-        stats = TokenStats(mask=mask, logps=log_prob, old_logps=old_log_prob, token_weights=weights)
+        stats = TokenStats(mask=mask, logps=log_prob, old_logps=old_log_prob)
         out = objective_function(name, of(of(config, "policy_loss"), LIST))(stats, advantages)
-        total = agg_loss(out.per_token[0], mask, loss_agg_mode, **(of(config, "global_batch_info") or {}))
+        losses = out.per_token[0]
+        if rollout_is_weights is not None:
+            losses = losses * masked.select(rollout_is_weights.detach(), mask)
+        total = agg_loss(losses, mask, loss_agg_mode, **(of(config, "global_batch_info") or {}))
         return total, {f"actor/tokenpo/{key}": value.item() for key, value in out.metrics.items()}
 
     loss.__name__ = name
