@@ -122,8 +122,8 @@ def aggregation_sums(x: Tensor, mask: Tensor, mode: str, *, length: float | None
     | `token_sum` | once | sum | |
     | `row_mean_of_sums` | nonempty_rows | mean of the rows' sums | seq-mean-token-sum |
     | `row_mean_of_means` | nonempty_rows | mean of the rows' means | seq-mean-token-mean, grpo |
-    | `row_sums_over_length` | rows | mean of the rows' sums / `length` | dr_grpo |
-    | `sum_over_length` | once | sum / `length` | seq-mean-token-sum-norm |
+    | `row_sums_over_length` | rows | mean of the rows' sums / `length` | dr_grpo; seq-mean-token-sum-norm in verl 0.9 |
+    | `sum_over_length` | once | sum / `length` | seq-mean-token-sum-norm in earlier verl |
 
     `length`: a constant, such as the longest response allowed. A row without tokens is no row in a mean of rows; it
     is one where the divisor is constant. `unit_counts` counts.

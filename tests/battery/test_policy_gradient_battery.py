@@ -48,7 +48,7 @@ UNUSUAL_ON_POLICY = {
 }
 
 
-SEVERAL_TERMS = {"reinforce": "outside the engine", "spo": "a KL term besides", "vapo_clip": "a likelihood besides"}
+SEVERAL_TERMS = {"spo": "a KL term besides", "vapo_clip": "a likelihood besides"}
 """Where `token_weights` do not multiply all there is."""
 
 

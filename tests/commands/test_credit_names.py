@@ -200,7 +200,7 @@ def test_sources_of_a_reward_model(world):
     )
     classes = reward_model(world, "classes")
     same(values("token_classifier", "tgdpo", world)[0], credit.token_class_rewards(classes(batch).logits[:, 1:], mask))
-    same(values("token_values", "tgdpo", world, model=world.folders["classes"])[0], classes.token_values(batch))
+    same(values("reading", "tgdpo", world, model=world.folders["classes"])[0], classes.token_rewards(batch))
 
 
 def test_segment_reward_fits_its_normaliser_to_the_training_split_once(world):

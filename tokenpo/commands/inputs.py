@@ -81,7 +81,7 @@ def token_classes(reader: Reader) -> Tensor:
     with torch.no_grad():
         logits = model(reader.on(model)).logits
     if logits is None or logits.shape[-1] != 2:
-        raise InputError("credit.model: classes of tokens other than bad and good: take credit.name=token_values")
+        raise InputError("credit.model: classes of tokens other than bad and good: take credit.name=reading")
     return logits[:, 1:].float().cpu()
 
 

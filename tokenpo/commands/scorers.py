@@ -248,7 +248,7 @@ def fit_normaliser(job: Job, threshold: float, pairs: int) -> dict[str, float]:
         ) from reason
 
 
-def token_values(reader: Reader) -> Tensor:
-    """What a reward model of tokenpo says of each token, as its own reading has it."""
+def reading(reader: Reader) -> Tensor:
+    """What every token earned by a reward model of tokenpo, as its own reading has it."""
     model = reward_model(reader.job, "model")
-    return model.token_values(reader.on(model)).float().cpu()
+    return model.token_rewards(reader.on(model)).float().cpu()

@@ -122,7 +122,7 @@ SOURCES: dict[str, Source] = {
         required=("model",),
         heads={"model": ("last_token", "prefixes", "segments")},
     ),
-    "token_values": made(scorers.token_values, models=("model",), required=("model",), heads={"model": ANY}),
+    "reading": made(scorers.reading, models=("model",), required=("model",), heads={"model": ANY}),
     "token_classifier": plain(
         credit.token_class_rewards, models=("model",), required=("model",), heads={"model": ("token_classes",)}
     ),

@@ -117,7 +117,7 @@ def dr_grpo_loss(
     """Dr. GRPO: `ppo_clip` summed over all tokens and divided by rows * `length`, a constant. sums: {"rows": .}.
 
     `length`: the longest response allowed. No response's length enters the weight of its tokens. All rows count,
-    empty ones too. verl divides by `length` alone: `ppo_clip` with aggregation='sum_over_length'.
+    empty ones too. Early verl divided by `length` alone: `ppo_clip` with aggregation='sum_over_length'.
     """
     return policy_gradient_loss(
         stats, advantages,

@@ -37,13 +37,15 @@ def reinforce_loss(
 ) -> LossOutput:
     """Advantage-weighted likelihood, the objective of AAPO: no importance ratio, no clip, no KL.
 
-        loss = -(sum_t A_t * logps_t) / (number of tokens),   d loss / d logps_t = -A_t / (number of tokens)
+        loss = -(sum_t w_t A_t logps_t) / (number of tokens),   d loss / d logps_t = -w_t A_t / (number of tokens)
 
-    `advantages` (B, T), constants. An empty row adds nothing. Right for one update a rollout: no ratio corrects for
+    w_t: `stats.token_weights` where attached, else 1. `advantages` (B, T), constants. An empty row adds nothing. Right for one update a rollout: no ratio corrects for
     what earlier updates on the same rollouts changed.
     """
     advantages = token_values("advantages", advantages, stats.mask)
     losses = -advantages * masked.select(stats.logps, stats.mask)
+    if stats.token_weights is not None:
+        losses = losses * masked.select(stats.token_weights, stats.mask)
     return output(losses, stats.mask, {"advantages": advantages}, aggregation, length)
 
 
