@@ -1,6 +1,6 @@
 """Prompts computed once: a GRPO update (forward and backward of response log-probs) with and without sharing.
 
-python -m benchmarks.prompt_sharing [--dtype float32] [--rounds 5] [--prompt 2048 --group 8 --response 128]
+python benchmarks/prompt_sharing.py [--dtype float32] [--rounds 5] [--prompt 2048 --group 8 --response 128]
 
 A 44M Qwen3-shaped model (V = 50,000, head trained) on one prompt and its group of responses. Log-probs and gradients of
 the competitors are compared first, then they run in turn: `unshared`, the ordinary forward of whole rows; `shared`, all
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import alternate, draw_scan, emit, machine, median_ratio
+from common import alternate, draw_scan, emit, machine, median_ratio
 from tokenpo.statistics import PromptSharing, linear_token_stats, response_stats, shared
 from tokenpo.statistics.head import LinearHead
 

@@ -25,6 +25,15 @@ from tokenpo.commands.config import EMBEDDED_LOSS
 from tokenpo.methods import Method, all_methods
 
 ROOT = Path(__file__).parent.parent
+NOTES = """\
+*Accuracy* is that of the method's own implicit reward on held-out pairs, *true reward* the mean over 256 sampled texts
+with a 95% bootstrap interval (of the first seed), *rise* the same in standard deviations of the start, *KL* the exact
+KL(policy ‖ start) of whole texts; a row without ± is of one seed. Seconds are those of one optimizer step, what was
+trained before it left out, of the first seed and on a machine that other work shared, so take them as upper bounds;
+memory is the peak of the process, imports included. A KL far above the others means text that fell apart.
+What `mapl_intra` and `meet` rank is the same response after two prompts, and each response after its own control: the
+ceiling does not apply to them. `mapl_intra` teaches which prompt a response answers, not which response is better: the
+true reward of text has no reason to rise with it. `meet` has twice the steps of the others."""
 LONGER = {"meet": 2}
 """Each half of its pairs teaches one of two controls: twice the steps give each as many as a loss over pairs."""
 
@@ -36,8 +45,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "compare")
+    parser.add_argument("--report", action="store_true", help="write the page from the runs there are, and run nothing")
     args = parser.parse_args()
-    wanted = [(name, seed) for name in args.only for seed in args.seeds]
+    wanted = [] if args.report else [(name, seed) for name in args.only for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(wanted), desc="runs") as bar:
         futures = [pool.submit(run, args.runs, name, seed, args.steps) for name, seed in wanted]
         for future, (name, seed) in zip(futures, wanted, strict=True):
@@ -92,14 +102,9 @@ def write(
         f"commits {', '.join(commits)}, torch {first['versions']['torch']}, one CPU thread a run, two runs at a time.",
         "",
         f"Before training: true reward {start['true_reward']:.2f} (std {start['true_reward_std']:.2f}), entropy "
-        f"{start['entropy']:.2f} nats a token, accuracy 0.5. The best possible accuracy is {first['bayes_rate']:.3f}. "
-        "*Accuracy* is that of the method's own implicit reward on held-out pairs, *true reward* the mean over 256 "
-        "sampled texts with a 95% bootstrap interval, *rise* the same in standard deviations of the start, *KL* the "
-        "exact KL(policy ‖ start) of whole texts. Seconds are those of one optimizer step, what was trained before it "
-        "left out, on a machine that other work shared, so take them as upper bounds; memory is the peak of the "
-        "process, imports included. What `mapl_intra` and `meet` rank is the same response after two prompts, and each "
-        "response after its own control: the ceiling does not apply to them. A KL far above the others means text that "
-        "fell apart.",
+        f"{start['entropy']:.2f} nats a token, accuracy 0.5. The best possible accuracy is {first['bayes_rate']:.3f}.",
+        "",
+        NOTES,
         "",
         "| method | accuracy | true reward | rise, std | KL, nats | entropy | s/step | peak MB | settings |",
         "|---|---|---|---|---|---|---|---|---|",

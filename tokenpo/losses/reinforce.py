@@ -39,8 +39,8 @@ def reinforce_loss(
 
         loss = -(sum_t w_t A_t logps_t) / (number of tokens),   d loss / d logps_t = -w_t A_t / (number of tokens)
 
-    w_t: `stats.token_weights` where attached, else 1. `advantages` (B, T), constants. An empty row adds nothing. Right for one update a rollout: no ratio corrects for
-    what earlier updates on the same rollouts changed.
+    w_t: `stats.token_weights` where attached, else 1. `advantages` (B, T), constants. An empty row adds nothing. Right
+    for one update a rollout: no ratio corrects for what earlier updates on the same rollouts changed.
     """
     advantages = token_values("advantages", advantages, stats.mask)
     losses = -advantages * masked.select(stats.logps, stats.mask)
