@@ -1,4 +1,4 @@
-"""Steps of GRPO on the tiny model, for tests; as a program: rl_run.py FOLDER OUT OPTIONS-AS-JSON."""
+"""Steps of GRPO on the tiny model, for tests; as a program, in two processes: rl_run.py FOLDER OUT LISTS."""
 
 import json
 import sys
@@ -57,17 +57,22 @@ class Advantages(TokenGRPOTrainer):
         self.kept = getattr(self, "kept", [])
         for tokens, mask, values in zip(out["completion_ids"], out["completion_mask"], out["advantages"], strict=True):
             of = mask.bool()
-            self.kept.append([tokens[of].tolist(), values[of].tolist()])
+            self.kept.append([self.state.global_step, tokens[of].tolist(), values[of].tolist()])
         return out
 
 
+def some_vowels(completions, **kwargs):
+    """1 where a sixth or more are vowels, else 0."""
+    return [float(share > 0.16) for share in vowels(completions)]
+
+
 def config(folder, **options):
-    usual = dict(
-        output_dir=str(folder), per_device_train_batch_size=4, gradient_accumulation_steps=2, num_generations=4,
-        max_completion_length=8, max_steps=3, learning_rate=1e-2, max_grad_norm=0.0, logging_steps=1,
-        save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, optim="sgd", bf16=False,
-        lr_scheduler_type="constant", seed=3, activation_checkpointing=False,
-    )  # fmt: skip
+    usual = {
+        "output_dir": str(folder), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+        "num_generations": 4, "max_completion_length": 8, "max_steps": 3, "learning_rate": 1e-2, "max_grad_norm": 0.0,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+        "optim": "sgd", "bf16": False, "lr_scheduler_type": "constant", "seed": 3, "activation_checkpointing": False,
+    }  # fmt: skip
     return GRPOConfig(**{**usual, **options})
 
 
@@ -89,13 +94,19 @@ def run_theirs(args, **options):
     return run(args, cls=GRPOTrainer, **options)
 
 
+def fixed_runs(folder, lists, size):
+    """Three updates of each list of options on `fixed_rollouts`, `size` rows a process."""
+    found = {}
+    for name, options in lists.items():
+        given = config(folder / name, per_device_train_batch_size=size, steps_per_generation=2)
+        trainer, keep = run(given, cls=Advantages, rollout_func=fixed_rollouts, reward=some_vowels, **options)
+        found[name] = {"losses": keep.losses, "gradients": keep.gradients, "advantages": trainer.kept}
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    rollout = fixed_rollouts if options.pop("fixed", False) else None
-    given = config(folder, **options.pop("config", {}))
-    trainer, keep = run(given, cls=Advantages, rollout_func=rollout, **options)
-    if trainer.accelerator.is_main_process:
-        torch.save({"losses": keep.losses, "gradients": keep.gradients, "advantages": trainer.kept}, out)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    found = fixed_runs(Path(sys.argv[1]), json.loads(sys.argv[3]), 2)
+    if torch.distributed.get_rank() == 0:
+        torch.save(found, sys.argv[2])
+    torch.distributed.destroy_process_group()

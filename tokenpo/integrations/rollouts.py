@@ -139,17 +139,16 @@ def gathered_objects(values: Sequence[Any]) -> list[Any]:
 
 def as_tensor(name: str, values: Any, mask: Tensor) -> Tensor:
     """What an input function returned as a tensor with a row a rollout; strings become numbers over all processes."""
-    if isinstance(values, Sequence) and len(values) == len(mask) and all(isinstance(v, str) for v in values):
+    if not hasattr(values, "__len__") or len(values) != len(mask):
+        raise InputError(f"{name} must have a row a rollout, {len(mask)} of them, got {values!r:.60}")
+    if isinstance(values[0], str):
         known = {text: i for i, text in enumerate(sorted(set(gathered_objects(values))))}
         return torch.tensor([known[v] for v in values], device=mask.device)
-    if isinstance(values, Sequence) and values and isinstance(values[0], Sequence):
-        lengths = [len(v) for v in values]
-        if len(values) != len(mask) or max(lengths) > mask.shape[1]:
-            raise InputError(f"{name} must have a row a rollout and at most {mask.shape[1]} numbers a row")
-        values = torch.stack([widened(torch.tensor(v).float().unsqueeze(0), mask.shape[1])[0] for v in values])
+    if isinstance(values[0], Sequence):
+        if max(map(len, values)) > mask.shape[1]:
+            raise InputError(f"{name} has a row of {max(map(len, values))} numbers for at most {mask.shape[1]} tokens")
+        values = torch.cat([widened(torch.tensor(v).float().unsqueeze(0), mask.shape[1]) for v in values])
     found = torch.as_tensor(values, device=mask.device)
-    if found.dim() == 0 or len(found) != len(mask):
-        raise InputError(f"{name} has shape {tuple(found.shape)} but there are {len(mask)} rollouts: give a row each")
     return widened(found, mask.shape[1]) if found.dim() == 2 and found.shape[1] < mask.shape[1] else found
 
 

@@ -118,6 +118,10 @@ class TokenGRPOTrainer(ExactLossMixin, GRPOTrainer):
     for lists that cannot work, before anything loads, and for settings of TRL's own loss.
     """
 
+    model_wrapped: Any
+    _metrics: Any
+    _step: int
+
     def __init__(
         self,
         model: Any,
@@ -142,14 +146,19 @@ class TokenGRPOTrainer(ExactLossMixin, GRPOTrainer):
         refuse_settings(args)
         model = loaded(model, args, others.pop("peft_config", None))
         self.inputs = dict(inputs or {})
-        self.credit, credit_needs = (None, ()) if credit is None else credit_function(credit)
+        self.credit: Any = None
+        credit_needs: Sequence[str] = ()
+        if credit is not None:
+            self.credit, credit_needs = credit_function(credit)
         self.correct_above = correct_above
         given = available(self.inputs, credit is not None, critic is not None, correct_above is not None, reference)
         self.composition = compose(advantages, available=given)
         self.objective = compose_objective(objective, available={*given, *COPO} if "answer_ids" in given else given)
         missing = [n for n in credit_needs if n not in given]
         if missing:
-            raise InputError(f"the credit needs '{missing[0]}', which is not available: give inputs={{'{missing[0]}': .}}")
+            raise InputError(
+                f"the credit needs '{missing[0]}', which is not available: give inputs={{'{missing[0]}': .}}"
+            )
         self.columns = [n for n in self.objective.needs if n not in FIELDS]
         reads = {*self.composition.needs, *credit_needs, *(self.objective.needs if self.columns else ())}
         reads |= {"old_logps"} if self._is_spo else set()
@@ -205,8 +214,8 @@ class TokenGRPOTrainer(ExactLossMixin, GRPOTrainer):
             kept = gathered_objects([{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)])
             file = self.run_folder / "rollouts-failed.jsonl"
             if self.accelerator.is_main_process:
-                scores = rewards.tolist()
-                rows = [{"step": self.state.global_step, **row, "rewards": s} for row, s in zip(kept, scores, strict=True)]
+                scored = zip(kept, rewards.tolist(), strict=True)
+                rows = [{"step": self.state.global_step, **row, "rewards": s} for row, s in scored]
                 write_rollouts(file, rows, fresh=True)
             self._failures.clear()
             raise InputError(f"{failures[0]}; the {len(kept)} rollouts of step {self.state.global_step} are in {file}")
@@ -247,9 +256,8 @@ class TokenGRPOTrainer(ExactLossMixin, GRPOTrainer):
         if "tool_mask" in out:
             mask = mask & out["tool_mask"].bool()
         group = torch.arange(first, first + n, device=mask.device) // size
-        return Rollouts(
-            rows, prompts, completions, batch_of(out), mask, out["completion_ids"], rewards, group, first, {}, self.model
-        )
+        batch, ids = batch_of(out), out["completion_ids"]
+        return Rollouts(rows, prompts, completions, batch, mask, ids, rewards, group, first, {}, self.model)
 
     def _measure(self, rollouts: Rollouts, out: Mapping[str, Tensor]) -> None:
         """Statistics, values, inputs and credit of this process's rows, into `rollouts.known`."""
@@ -278,7 +286,7 @@ class TokenGRPOTrainer(ExactLossMixin, GRPOTrainer):
 
     def _over_all_processes(self, rollouts: Rollouts) -> dict[str, Any]:
         own = {"rewards": rollouts.rewards, "group": rollouts.group, "mask": rollouts.mask, "tokens": rollouts.tokens}
-        known = {n: gathered(self.accelerator, x) for n, x in {**own, **rollouts.known}.items()}
+        known: dict[str, Any] = {n: gathered(self.accelerator, x) for n, x in {**own, **rollouts.known}.items()}
         known["step"] = self.state.global_step
         if self._aapo is not None:
             known["prompts"] = gathered_objects([json.dumps(p, default=str) for p in rollouts.prompts])
@@ -345,7 +353,7 @@ class TokenGRPOTrainer(ExactLossMixin, GRPOTrainer):
 
     # The update.
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:  # type: ignore[override]
         """Rows of the window that comes; they are sampled at its first step, when the random state is that of it."""
         self._coming = list(batch_samples)
 
@@ -423,7 +431,9 @@ class TokenGRPOTrainer(ExactLossMixin, GRPOTrainer):
             return
         folder, file = Path(checkpoint), f"rollouts-{self.accelerator.process_index}.pt"
         if not (folder / STATE).is_file() or not (folder / file).is_file():
-            raise InputError(f"{folder} has no {STATE} or no {file}: it was written by another trainer, or by fewer processes")
+            raise InputError(
+                f"{folder} has no {STATE} or no {file}: it was written by another trainer, or by fewer processes"
+            )
         self.composition.load_state_dict(json.loads((folder / STATE).read_text()))
         kept = torch.load(folder / file, map_location=self.args.device, weights_only=True)
         self._step, self._buffered_inputs = kept["step"], kept["rollouts"]
@@ -445,9 +455,7 @@ COPO = ("global_advantages", "local_weight")
 FIELDS = ("old_logps", "ref_logps", "ref_kl", "policy_kl", "entropy", "token_weights")
 
 
-def available(
-    inputs: Mapping[str, Any], credit: bool, critic: bool, correct: bool, reference: str
-) -> set[str]:
+def available(inputs: Mapping[str, Any], credit: bool, critic: bool, correct: bool, reference: str) -> set[str]:
     """Names of what a run can give to estimators, credit and objective."""
     found = {"tokens", "step", "old_logps", "entropy", *OVER_VOCABULARY, *inputs}
     found |= {"token_rewards"} if credit else set()
