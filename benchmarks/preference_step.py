@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from common import alternate, draw_bars, emit, extra_peak, in_child, machine, median_ratio, seconds
+from torch import Tensor, nn
 
 VOCABULARY, HIDDEN, LAYERS, INNER = 50_000, 512, 6, 1408
 PAIRS, PROMPT, RESPONSE = 4, (256, 512), (64, 256)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import alternate, draw_scan, emit, machine, median_ratio
 from torch import Tensor, nn
 
-from common import alternate, draw_scan, emit, machine, median_ratio
 from tokenpo.statistics import PromptSharing, linear_token_stats, response_stats, shared
 from tokenpo.statistics.head import LinearHead
 
