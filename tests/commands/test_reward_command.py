@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import make_model, make_pairs, make_tokenizer, write_jsonl
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tokenpo.cli import main, reward_config
+from tokenpo.commands import reward
 from tokenpo.reward_models import RewardModel
 
 QUICK = ["max_steps=6", "batch_size=4", "learning_rate=0.003", "max_length=96", "save_every=3", "eval_every=3"]
@@ -185,3 +187,39 @@ def test_a_policy_with_another_tokenizer_is_refused(values_run, tmp_path, capsys
     words = ["generate", str(tmp_path / "other"), "prompt=say b:", f"value_model={values_run / 'model'}"]
     assert main(words) == 2
     assert "have different tokenizers" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quantised_folder(tmp_path):
+    """The tiny model in NF4 with double quantisation."""
+    make_model(0).save_pretrained(tmp_path / "whole")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=settings, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "nf4")
+    make_tokenizer().save_pretrained(tmp_path / "nf4")
+    return tmp_path / "nf4"
+
+
+def test_an_adapter_on_quantised_weights_ends_in_whole_ones(quantised_folder, pairs_file, tmp_path, monkeypatch):
+    ids, before, merge = torch.arange(3, 15)[None], [], reward._merged
+
+    def keep(network):
+        network.train()  # in eval mode bitsandbytes packs the weights anew on a CPU
+        before.append(network(input_ids=ids).logits.detach())
+        return merge(network)
+
+    monkeypatch.setattr(reward, "_merged", keep)
+    assert main(words(quantised_folder, pairs_file, tmp_path / "run", "reading.name=prefixes", "lora=4")) == 0
+    network = RewardModel.from_pretrained(tmp_path / "run" / "model").network
+    assert not any("4bit" in type(module).__name__ for module in network.modules())
+    torch.testing.assert_close(network(input_ids=ids).logits, before[0], rtol=0, atol=1e-5)
+
+
+def test_quantised_weights_do_not_train_whole(quantised_folder, pairs_file, tmp_path, capsys):
+    assert main(words(quantised_folder, pairs_file, tmp_path / "run", "reading.name=prefixes")) == 2
+    assert "are quantised and cannot train: give --lora RANK" in capsys.readouterr().err

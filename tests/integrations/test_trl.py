@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from rl_run import config, fixed_rollouts, fixed_runs, rows, run, run_theirs, some_vowels, vowels
-from tiny import make_model
+from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 from tokenpo.errors import InputError
+from tokenpo.evaluation.scorers import reward_function
 from tokenpo.integrations.rollouts import logps_under
 from tokenpo.integrations.trl import check_hooks
 from tokenpo.methods import all_methods
+from tokenpo.reward_models import Reading, RewardModel
 
 THEIRS = [{"name": "grpo", "eps": 1e-4}]
 PLAIN = {"name": "ppo_clip", "dual_clip": None}
@@ -334,3 +336,18 @@ def test_an_engine_that_changed_is_named():
         check_hooks(changed, "2.0")
     with pytest.raises(InputError, match="has no such method: _generate_and_score_completions"):
         check_hooks(object, "0.9")
+
+
+def test_a_reward_model_is_the_reward(tmp_path):
+    make_model(1).save_pretrained(tmp_path / "start")
+    judge = RewardModel.from_backbone(str(tmp_path / "start"), Reading("values"), make_tokenizer())
+    judge.save_pretrained(tmp_path / "judge")
+    trainer, keep = run(
+        config(tmp_path / "run", max_steps=1, gradient_accumulation_steps=1, per_device_train_batch_size=8),
+        advantages=["grpo"], reward=reward_function(str(tmp_path / "judge")), keep_rollouts=8,
+    )  # fmt: skip
+    (file,) = (tmp_path / "run").glob("rollouts*.jsonl")
+    kept = [json.loads(line) for line in file.read_text().splitlines()]
+    scored = reward_function(str(tmp_path / "judge"))([r["prompt"] for r in kept], [r["completion"] for r in kept])
+    assert [r["reward"] for r in kept] == pytest.approx(scored, abs=1e-5) and len(set(scored)) > 1
+    assert keep.losses and trainer.state.global_step == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import resource
@@ -94,7 +95,7 @@ def fit(config: RewardConfig, run: Path, reading: Any) -> Path:
     evaluation = trainer.evaluate()
     if trainer.is_world_process_zero():
         network = trainer.accelerator.unwrap_model(trainer.model)
-        model.network = network.merge_and_unload() if config.lora is not None else network
+        model.network = network if config.lora is None else _merged(network)
         model.eval()
         if reading.name == "segments":
             model = fit_normaliser(model, train_rows, batch_size=config.batch_size).eval()
@@ -196,6 +197,8 @@ def save(model: Any, folder: Path) -> None:
 def _network(config: RewardConfig, model: Any) -> Any:
     """What trains: the model's network, or a fresh adapter on it."""
     if config.lora is None:
+        if getattr(model.network, "is_quantized", False):
+            raise InputError(f"the weights of {config.model} are quantised and cannot train: give --lora RANK")
         return None
     from peft import LoraConfig, get_peft_model
 
@@ -205,6 +208,37 @@ def _network(config: RewardConfig, model: Any) -> Any:
         return get_peft_model(model.network, LoraConfig(task_type=task, **options))
     except (TypeError, ValueError) as reason:
         raise InputError(f"lora_options: {reason}") from reason
+
+
+def _merged(network: Any) -> Any:
+    """The model with its adapter in its weights; quantised ones become whole first, since they would be rounded again."""
+    base = network.get_base_model()
+    if not getattr(base, "is_quantized", False):
+        return network.merge_and_unload()
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    increments = {
+        name.removesuffix(".base_layer"): module.get_delta_weight(network.active_adapter).float()
+        for name, module in base.named_modules()
+        if hasattr(module, "get_delta_weight") and network.active_adapter in module.lora_A
+    }
+    plain = network.unload()
+    for name, module in list(plain.named_modules()):
+        if not isinstance(module, Linear4bit):
+            continue
+        weight = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        whole = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None)
+        whole.weight.data = weight + increments[name] if name in increments else weight
+        if module.bias is not None:
+            whole.bias.data = module.bias.data.float()
+        plain.set_submodule(name, whole)
+    config = copy.deepcopy(plain.config)
+    del config.quantization_config
+    fresh = type(plain)(config).float()
+    fresh.load_state_dict(plain.state_dict())
+    return fresh
 
 
 def _with_rate(config: RewardConfig) -> Any:

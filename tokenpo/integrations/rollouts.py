@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -193,65 +190,24 @@ def _cell(row: Mapping[str, Any], column: str, number: int) -> Any:
     return row[column]
 
 
-# Reward functions: a failure is kept until all processes have come to the same point.
+def regrouped(window: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The micro-batches of one update with the rows of a group beside each other, so that they share their prompt."""
+    if len({micro["prompt_ids"].shape[1:] + micro["completion_ids"].shape[1:] for micro in window}) > 1:
+        return list(window)  # of several generations, padded differently
+    order = torch.cat([micro["group_id"] for micro in window]).argsort(stable=True)
+    sizes = [len(micro["group_id"]) for micro in window]
+    parts: list[dict[str, Any]] = [{} for _ in window]
+    for name, value in window[0].items():
+        if isinstance(value, Tensor) and value.dim() > 0:
+            split = torch.cat([micro[name] for micro in window])[order].split(sizes)
+        else:
+            split = tuple(micro[name] for micro in window)
+        for part, piece in zip(parts, split, strict=True):
+            part[name] = piece
+    return parts
 
 
-def checked_reward(function: Any, failures: list[str]) -> Any:
-    """`function` in TRL's signature; what goes wrong in it becomes a sentence of `failures` and rewards of None.
-
-    None or NaN for a completion is a row without a reward; infinity, another length, no list, or an exception fails.
-    """
-    name = getattr(function, "__name__", type(function).__name__)
-
-    def checked(values: Any, expected: int) -> list[float | None]:
-        problem = _problem(values, expected)
-        if problem is None:
-            return [None if v is None else float(v) for v in values]
-        failures.append(f"the reward function '{name}' {problem}")
-        return [None] * expected
-
-    def failed(reason: Exception, expected: int) -> list[float | None]:
-        what = str(reason).strip().split("\n")[0]
-        failures.append(f"the reward function '{name}' failed: {type(reason).__name__}: {what}".rstrip(": "))
-        return [None] * expected
-
-    if inspect.iscoroutinefunction(function):
-
-        async def later(**given: Any) -> list[float | None]:
-            try:
-                return checked(await function(**given), len(given["completions"]))
-            except Exception as reason:
-                return failed(reason, len(given["completions"]))
-
-        return functools.wraps(function)(later)
-
-    def now(**given: Any) -> list[float | None]:
-        try:
-            return checked(function(**given), len(given["completions"]))
-        except Exception as reason:
-            return failed(reason, len(given["completions"]))
-
-    now.__name__ = name
-    return now
-
-
-def _problem(values: Any, expected: int) -> str | None:
-    if values is None or isinstance(values, (str, Mapping)) or not hasattr(values, "__len__"):
-        return f"returned {type(values).__name__}, not a list with a reward a completion"
-    if len(values) != expected:
-        return f"returned {len(values)} rewards for {expected} completions: give one each"
-    for i, value in enumerate(values):
-        try:
-            number = float("nan") if value is None else float(value)
-        except (TypeError, ValueError):
-            return f"returned {value!r} for completion {i}: a reward is a number, or None where there is none"
-        if abs(number) == float("inf"):
-            return f"returned {number} for completion {i}: give a finite number, or None where there is none"
-    return None
-
-
-def write_rollouts(file: Path, rows: Sequence[Mapping[str, Any]], *, fresh: bool = False) -> None:
-    """Append rows as JSON lines; `fresh` replaces what is there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w" if fresh else "a", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+def correction(inputs: Mapping[str, Tensor], mask: Tensor) -> Tensor | None:
+    """TRL's weights for the difference between the sampling engine and the policy, (B, T); None without vLLM."""
+    ratio = inputs.get("importance_sampling_ratio")
+    return None if ratio is None else ratio.expand(mask.shape)

@@ -6,99 +6,47 @@ one pass without gradient for what the estimator reads; a loss that is exact ove
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import trl
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from tokenpo import masked
-from tokenpo.advantages import (
-    AAPO,
-    answer_entropy,
-    compose,
-    compose_objective,
-    copo_global_advantages,
-    soft_blend,
-    spo_loss_tokens,
-    value_targets,
-)
-from tokenpo.advantages.compose import Composition, Config
+from tokenpo.advantages import compose, compose_objective
+from tokenpo.advantages.compose import Config
 from tokenpo.errors import InputError
 from tokenpo.integrations.critic import Critic
+from tokenpo.integrations.rewards import checked_reward, forget_from, write_rollouts
 from tokenpo.integrations.rollouts import (
-    OVER_VOCABULARY,
     STATISTICS,
     Input,
-    Rollouts,
-    as_tensor,
     batch_of,
-    checked_reward,
+    correction,
     credit_function,
-    gathered,
     gathered_objects,
-    statistics,
+    regrouped,
     with_mask,
-    write_rollouts,
 )
+from tokenpo.integrations.scoring import COPO, ScoringMixin, available
+from tokenpo.integrations.trl_checks import check_hooks, refuse_empty, refuse_settings
 from tokenpo.methods import bind
 from tokenpo.reference import make_reference
 from tokenpo.statistics import PromptSharing, response_stats
 from tokenpo.training import ExactLossMixin
 
-SUPPORTED = "trl>=1.16,<1.17"
-HOOKS = {
-    "_generate_and_score_completions": ("self", "inputs"),
-    "_compute_loss": ("self", "model", "inputs"),
-    "_prepare_inputs": ("self", "generation_batch"),
-    "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
-    "_tokenize_prompts": ("self", "prompts"),
-    "_generate": ("self", "prompts"),
-    "_get_num_items_in_batch": ("self", "batch_samples", "device"),
-    "_save_rng_state": ("self", "output_dir"),
-    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
-}
-OURS = {
-    "beta": "kl_coef",
-    "epsilon": "clip_low and clip_high",
-    "epsilon_high": "clip_high",
-    "delta": "dual_clip",
-    "loss_type": "another name",
-    "importance_sampling_level": "the name gspo",
-    "top_entropy_quantile": "a filter such as d3s_tokens to the advantages",
-    "entropy_coef": "entropy_coef",
-    "use_adaptive_entropy": "entropy_coef",
-    "off_policy_mask_threshold": "dual_clip",
-    "use_bias_correction_kl": "another kl",
-    "scale_rewards": "another estimator to the advantages",
-    "multi_objective_aggregation": "another estimator to the advantages",
-}
-"""Settings of TRL's own loss, and what says the same here."""
 STATE = "advantages.json"
-
-
-def check_hooks(trainer: type = GRPOTrainer, version: str = trl.__version__) -> None:
-    """Raise InputError unless `trainer` has every method that is overridden or called here, with its arguments."""
-    for name, arguments in HOOKS.items():
-        function = getattr(trainer, name, None)
-        if function is None or tuple(inspect.signature(function).parameters) != arguments:
-            found = "has no such method" if function is None else f"has {name}{inspect.signature(function)}"
-            raise InputError(f"this release works with {SUPPORTED}; the GRPOTrainer of trl {version} {found}: {name}")
-
 
 check_hooks()
 
 
-class TokenGRPOTrainer(ExactLossMixin, GRPOTrainer):
+class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
     """GRPOTrainer whose advantages and loss are named as in `tokenpo.advantages.compose`.
 
     Args beside those of GRPOTrainer:
@@ -225,131 +173,8 @@ class TokenGRPOTrainer(ExactLossMixin, GRPOTrainer):
         out = super()._generate_and_score_completions(inputs)
         if "pixel_values" in out:
             raise InputError("prompts with images are not supported here: take TRL's own trainer for them")
-        rollouts = self._rollouts(out)
-        self._measure(rollouts, out)
-        known = self._over_all_processes(rollouts)
-        if self._aapo is not None and self._aapo.missing(known["prompts"]):
-            self._ask_the_reference(self._aapo, known["prompts"], inputs)
-        before = None if self.model.training else copy.deepcopy(self.composition.state_dict())
-        composed = self.composition(**known)
-        if before is not None:
-            self.composition.load_state_dict(before)
-        mine = slice(rollouts.first, rollouts.first + len(rollouts.mask))
-        width = rollouts.mask.shape[1]
-        out["advantages"] = composed.advantages[mine, :width]
-        out["loss_mask"] = composed.mask[mine, :width]
-        out["group_id"] = rollouts.group
-        self._columns_of_objective(out, known, mine, width)
-        if self.critic is not None and self.model.training:
-            self._teach(self.critic, rollouts)
-        self._keep(rollouts, out)
+        self.add_advantages(out, inputs)
         return out
-
-    def _rollouts(self, out: Mapping[str, Tensor]) -> Rollouts:
-        rows, prompts, completions, of_functions = self._scored
-        n = len(out["completion_ids"])
-        first = self.accelerator.process_index * n
-        weighted = of_functions * self.reward_weights.to(of_functions.device)
-        rewards = torch.where(torch.isnan(of_functions).all(1), torch.nan, weighted.nansum(1))[first : first + n]
-        size = self.num_generations if self.model.training else self.num_generations_eval
-        mask = out["completion_mask"].bool()
-        if "tool_mask" in out:
-            mask = mask & out["tool_mask"].bool()
-        group = torch.arange(first, first + n, device=mask.device) // size
-        batch, ids = batch_of(out), out["completion_ids"]
-        return Rollouts(rows, prompts, completions, batch, mask, ids, rewards, group, first, {}, self.model)
-
-    def _measure(self, rollouts: Rollouts, out: Mapping[str, Tensor]) -> None:
-        """Statistics, values, inputs and credit of this process's rows, into `rollouts.known`."""
-        known, width = rollouts.known, rollouts.mask.shape[1]
-        chunk = max(self.args.per_device_train_batch_size, self.num_generations)
-        if "old_per_token_logps" in out:  # TRL's own, where rollouts serve several updates
-            known["old_logps"] = out["old_per_token_logps"]
-        reads = [n for n in self.reads if n not in known]
-        if reads:
-            vocabulary = None
-            if "errors" in reads:
-                vocabulary = torch.unique(gathered(self.accelerator, torch.unique(rollouts.tokens).unsqueeze(0)))
-            with self.accelerator.autocast():
-                known |= statistics(
-                    self.model, rollouts.batch, reads, width, chunk=chunk, temperature=self.temperature,
-                    sharing=self.sharing, reference=self._score_reference(reads), vocabulary=vocabulary,
-                )  # fmt: skip
-        if self.critic is not None:
-            known["values"] = self.critic.values(rollouts.batch, width, chunk=chunk)
-        if self.correct_above is not None:
-            known["correct"] = rollouts.rewards > self.correct_above
-        for name, function in self.inputs.items():
-            known[name] = as_tensor(name, function(rollouts), rollouts.mask)
-        if self.credit is not None:
-            known["token_rewards"] = as_tensor("credit", self.credit(rollouts), rollouts.mask)
-
-    def _over_all_processes(self, rollouts: Rollouts) -> dict[str, Any]:
-        own = {"rewards": rollouts.rewards, "group": rollouts.group, "mask": rollouts.mask, "tokens": rollouts.tokens}
-        known: dict[str, Any] = {n: gathered(self.accelerator, x) for n, x in {**own, **rollouts.known}.items()}
-        known["step"] = self.state.global_step
-        if self._aapo is not None:
-            known["prompts"] = gathered_objects([json.dumps(p, default=str) for p in rollouts.prompts])
-        return known
-
-    def _columns_of_objective(self, out: dict[str, Any], known: dict[str, Any], mine: slice, width: int) -> None:
-        """What the objective reads beside statistics of the policy as it is then."""
-        if {*COPO} & {*self.columns}:
-            rows = known["rewards"], known["group"], known["mask"], known["answer_ids"]
-            known["global_advantages"] = copo_global_advantages(*rows)
-            known["local_weight"] = soft_blend(answer_entropy(*rows))
-        for name in self.columns:
-            value = known[name][mine]
-            out[f"objective/{name}"] = value[:, :width] if value.dim() > 1 else value
-        if self._is_spo:
-            out["loss_mask"] = spo_loss_tokens(known["old_logps"][mine, :width], out["loss_mask"])
-
-    def _ask_the_reference(self, aapo: AAPO, prompts: list[str], inputs: list[dict[str, Any]]) -> None:
-        """A response of the reference to every row of the batch: what AAPO compares with, sampled once a prompt."""
-        assert self.reference is not None
-        policy, metrics, scored = self.model_wrapped, copy.deepcopy(self._metrics), self._scored
-        seen = self.state.num_input_tokens_seen
-        with self.reference.enter(self.accelerator.unwrap_model(self.model)) as model, torch.no_grad():
-            if model is not self.accelerator.unwrap_model(self.model):
-                self.model_wrapped = model
-            try:
-                asked = [row["prompt"] for row in inputs]
-                _, ids, _, completions, *_ = self._generate(asked)
-                of_functions = self._calculate_rewards(inputs, asked, completions, ids)
-            finally:
-                self.model_wrapped, self._metrics, self._scored = policy, metrics, scored
-                self.state.num_input_tokens_seen = seen
-        rewards = (of_functions * self.reward_weights.to(of_functions.device)).nansum(1).tolist()
-        for prompt in aapo.missing(prompts):
-            aapo.remember(prompt, [r for p, r in zip(prompts, rewards, strict=True) if p == prompt])
-
-    def _teach(self, critic: Critic, rollouts: Rollouts) -> None:
-        usual = horizon(self.composition)
-        gamma, lam = (u if own is None else own for own, u in zip((critic.gamma, critic.lam), usual, strict=True))
-        old, rewards = rollouts.known["values"], rollouts.known.get("token_rewards")
-        targets = value_targets(rollouts.rewards, rollouts.mask, old, rewards, gamma=gamma, lam=lam)
-        found = critic.learn(
-            rollouts.batch, rollouts.mask, old, targets, chunk=self.args.per_device_train_batch_size,
-            accelerator=self.accelerator,
-        )  # fmt: skip
-        for name, value in found.items():
-            self._metrics["train"][name].append(value)
-
-    def _keep(self, rollouts: Rollouts, out: Mapping[str, Tensor]) -> None:
-        n = min(self.keep_rollouts, len(rollouts.mask))
-        if not n or not self.accelerator.is_main_process or not self.model.training:
-            return
-        rows = []
-        for i in range(n):
-            counted = rollouts.mask[i]
-            ids = rollouts.tokens[i][counted].tolist()
-            rows.append({
-                "step": self.state.global_step, "prompt": rollouts.prompts[i], "completion": rollouts.completions[i],
-                "reward": None if bool(torch.isnan(rollouts.rewards[i])) else float(rollouts.rewards[i]),
-                "tokens": [self._tokenizer.decode([t]) for t in ids],
-                "advantages": [round(a, 6) for a in out["advantages"][i][counted].tolist()],
-            })  # fmt: skip
-        write_rollouts(self.run_folder / "rollouts.jsonl", rows)
 
     # The update.
 
@@ -406,12 +231,6 @@ class TokenGRPOTrainer(ExactLossMixin, GRPOTrainer):
         for name, value in zip(names, rest, strict=True):
             self._metrics[mode][name].append(value / self.accelerator.num_processes)
 
-    def _score_reference(self, reads: Sequence[str]) -> Callable | None:
-        reference = self.reference
-        if reference is None or not {"ref_logps", "ref_kl", "policy_kl"} & {*reads}:
-            return None
-        return lambda batch: reference.score(self.model, batch, self.sharing)
-
     # Checkpoints.
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -437,40 +256,14 @@ class TokenGRPOTrainer(ExactLossMixin, GRPOTrainer):
         self.composition.load_state_dict(json.loads((folder / STATE).read_text()))
         kept = torch.load(folder / file, map_location=self.args.device, weights_only=True)
         self._step, self._buffered_inputs = kept["step"], kept["rollouts"]
+        if self.accelerator.is_main_process:
+            done = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+            forget_from(self.run_folder / "rollouts.jsonl", done)
         if self.critic is not None:
             self.critic.load(folder)
 
-    # What is configured.
 
-    @property
-    def _aapo(self) -> AAPO | None:
-        return next((p for p in self.composition.stateful().values() if isinstance(p, AAPO)), None)
-
-    @property
-    def _is_spo(self) -> bool:
-        return self.objective.name == "spo"
-
-
-COPO = ("global_advantages", "local_weight")
 FIELDS = ("old_logps", "ref_logps", "ref_kl", "policy_kl", "entropy", "token_weights")
-
-
-def available(inputs: Mapping[str, Any], credit: bool, critic: bool, correct: bool, reference: str) -> set[str]:
-    """Names of what a run can give to estimators, credit and objective."""
-    found = {"tokens", "step", "old_logps", "entropy", *OVER_VOCABULARY, *inputs}
-    found |= {"token_rewards"} if credit else set()
-    found |= {"values"} if critic else set()
-    found |= {"correct"} if correct else set()
-    found |= {"ref_logps", "ref_kl", "policy_kl", "prompts"} if reference != "none" else set()
-    return found
-
-
-def refuse_settings(args: GRPOConfig) -> None:
-    """Settings of TRL's own loss would have no effect: name what has."""
-    usual = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
-    for name, instead in OURS.items():
-        if getattr(args, name) != usual[name]:
-            raise InputError(f"{name}={getattr(args, name)} is of TRL's own loss: give the objective {instead} instead")
 
 
 def loaded(model: Any, args: GRPOConfig, peft_config: Any) -> Any:
@@ -479,41 +272,3 @@ def loaded(model: Any, args: GRPOConfig, peft_config: Any) -> Any:
         model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
         args.model_init_kwargs = None
     return model if peft_config is None else get_peft_model(model, peft_config)
-
-
-def refuse_empty(output: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a rollout_func returned, unless it holds a completion without tokens."""
-    for i, ids in enumerate(output.get("completion_ids", ())):
-        if len(ids) == 0:
-            raise InputError(f"rollout_func returned an empty completion for row {i}: end it with the end of sequence")
-    return output
-
-
-def horizon(composition: Composition) -> tuple[float, float]:
-    """(gamma, lam) of what the critic learns: those of ppo_gae, lam = 1 for every other estimator."""
-    estimator = next(part for part in composition.parts if part.kind == "estimator")
-    given = getattr(estimator.function, "keywords", {})
-    return given.get("gamma", 1.0), given.get("lam", 0.95) if estimator.name == "ppo_gae" else 1.0
-
-
-def regrouped(window: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The micro-batches of one update with the rows of a group beside each other, so that they share their prompt."""
-    if len({micro["prompt_ids"].shape[1:] + micro["completion_ids"].shape[1:] for micro in window}) > 1:
-        return list(window)  # of several generations, padded differently
-    order = torch.cat([micro["group_id"] for micro in window]).argsort(stable=True)
-    sizes = [len(micro["group_id"]) for micro in window]
-    parts: list[dict[str, Any]] = [{} for _ in window]
-    for name, value in window[0].items():
-        if isinstance(value, Tensor) and value.dim() > 0:
-            split = torch.cat([micro[name] for micro in window])[order].split(sizes)
-        else:
-            split = tuple(micro[name] for micro in window)
-        for part, piece in zip(parts, split, strict=True):
-            part[name] = piece
-    return parts
-
-
-def correction(inputs: Mapping[str, Tensor], mask: Tensor) -> Tensor | None:
-    """TRL's weights for the difference between the sampling engine and the policy, (B, T); None without vLLM."""
-    ratio = inputs.get("importance_sampling_ratio")
-    return None if ratio is None else ratio.expand(mask.shape)

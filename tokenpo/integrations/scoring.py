@@ -1,0 +1,228 @@
+"""From scored rollouts to advantages: group statistics over the rows of all processes, where every group is whole."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenpo.advantages import (
+    AAPO,
+    answer_entropy,
+    copo_global_advantages,
+    soft_blend,
+    spo_loss_tokens,
+    value_targets,
+)
+from tokenpo.advantages.compose import Composition, Objective
+from tokenpo.integrations.critic import Critic
+from tokenpo.integrations.rewards import write_rollouts
+from tokenpo.integrations.rollouts import (
+    OVER_VOCABULARY,
+    Input,
+    Rollouts,
+    as_tensor,
+    batch_of,
+    gathered,
+    gathered_objects,
+    statistics,
+)
+from tokenpo.reference import Reference
+from tokenpo.statistics import PromptSharing
+
+COPO = ("global_advantages", "local_weight")
+"""What COPO's objective reads, made of `answer_ids`."""
+
+
+class ScoringMixin:
+    """For a GRPOTrainer that holds the settings below and, in `_scored`, what its reward functions last gave."""
+
+    composition: Composition
+    objective: Objective
+    columns: list[str]
+    reads: tuple[str, ...]
+    inputs: dict[str, Input]
+    credit: Any
+    critic: Critic | None
+    correct_above: float | None
+    reference: Reference | None
+    sharing: PromptSharing
+    run_folder: Path
+    keep_rollouts: int
+    _scored: tuple[Any, Any, Any, Tensor]
+    accelerator: Any
+    args: Any
+    model: Any
+    model_wrapped: Any
+    state: Any
+    temperature: float
+    num_generations: int
+    num_generations_eval: int
+    reward_weights: Tensor
+    _tokenizer: Any
+    _metrics: Any
+    _generate: Callable[..., Any]
+    _calculate_rewards: Callable[..., Tensor]
+
+    def add_advantages(self, out: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
+        """Into `out`, what TRL knows of a batch: advantages, mask of the loss, what the objective reads."""
+        rollouts = self._rollouts(out)
+        self._measure(rollouts, out)
+        known = self._over_all_processes(rollouts)
+        if self._aapo is not None and self._aapo.missing(known["prompts"]):
+            self._ask_the_reference(self._aapo, known["prompts"], inputs)
+        before = None if self.model.training else copy.deepcopy(self.composition.state_dict())
+        composed = self.composition(**known)
+        if before is not None:
+            self.composition.load_state_dict(before)
+        mine = slice(rollouts.first, rollouts.first + len(rollouts.mask))
+        width = rollouts.mask.shape[1]
+        out["advantages"] = composed.advantages[mine, :width]
+        out["loss_mask"] = composed.mask[mine, :width]
+        out["group_id"] = rollouts.group
+        self._columns_of_objective(out, known, mine, width)
+        if self.critic is not None and self.model.training:
+            self._teach(self.critic, rollouts)
+        self._keep(rollouts, out)
+
+    def _rollouts(self, out: Mapping[str, Tensor]) -> Rollouts:
+        rows, prompts, completions, of_functions = self._scored
+        n = len(out["completion_ids"])
+        first = self.accelerator.process_index * n
+        weighted = of_functions * self.reward_weights.to(of_functions.device)
+        rewards = torch.where(torch.isnan(of_functions).all(1), torch.nan, weighted.nansum(1))[first : first + n]
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        mask = out["completion_mask"].bool()
+        if "tool_mask" in out:
+            mask = mask & out["tool_mask"].bool()
+        group = torch.arange(first, first + n, device=mask.device) // size
+        batch, ids = batch_of(out), out["completion_ids"]
+        return Rollouts(rows, prompts, completions, batch, mask, ids, rewards, group, first, {}, self.model)
+
+    def _measure(self, rollouts: Rollouts, out: Mapping[str, Tensor]) -> None:
+        """Statistics, values, inputs and credit of this process's rows, into `rollouts.known`."""
+        known, width = rollouts.known, rollouts.mask.shape[1]
+        chunk = max(self.args.per_device_train_batch_size, self.num_generations)
+        if "old_per_token_logps" in out:  # TRL's own, where rollouts serve several updates
+            known["old_logps"] = out["old_per_token_logps"]
+        reads = [n for n in self.reads if n not in known]
+        if reads:
+            vocabulary = None
+            if "errors" in reads:
+                vocabulary = torch.unique(gathered(self.accelerator, torch.unique(rollouts.tokens).unsqueeze(0)))
+            with self.accelerator.autocast():
+                known |= statistics(
+                    self.model, rollouts.batch, reads, width, chunk=chunk, temperature=self.temperature,
+                    sharing=self.sharing, reference=self._score_reference(reads), vocabulary=vocabulary,
+                )  # fmt: skip
+        if self.critic is not None:
+            known["values"] = self.critic.values(rollouts.batch, width, chunk=chunk)
+        if self.correct_above is not None:
+            known["correct"] = rollouts.rewards > self.correct_above
+        for name, function in self.inputs.items():
+            known[name] = as_tensor(name, function(rollouts), rollouts.mask)
+        if self.credit is not None:
+            known["token_rewards"] = as_tensor("credit", self.credit(rollouts), rollouts.mask)
+
+    def _over_all_processes(self, rollouts: Rollouts) -> dict[str, Any]:
+        own = {"rewards": rollouts.rewards, "group": rollouts.group, "mask": rollouts.mask, "tokens": rollouts.tokens}
+        known: dict[str, Any] = {n: gathered(self.accelerator, x) for n, x in {**own, **rollouts.known}.items()}
+        known["step"] = self.state.global_step
+        if self._aapo is not None:
+            known["prompts"] = gathered_objects([json.dumps(p, default=str) for p in rollouts.prompts])
+        return known
+
+    def _columns_of_objective(self, out: dict[str, Any], known: dict[str, Any], mine: slice, width: int) -> None:
+        """What the objective reads beside statistics of the policy as it is then."""
+        if {*COPO} & {*self.columns}:
+            rows = known["rewards"], known["group"], known["mask"], known["answer_ids"]
+            known["global_advantages"] = copo_global_advantages(*rows)
+            known["local_weight"] = soft_blend(answer_entropy(*rows))
+        for name in self.columns:
+            value = known[name][mine]
+            out[f"objective/{name}"] = value[:, :width] if value.dim() > 1 else value
+        if self._is_spo:
+            out["loss_mask"] = spo_loss_tokens(known["old_logps"][mine, :width], out["loss_mask"])
+
+    def _ask_the_reference(self, aapo: AAPO, prompts: list[str], inputs: list[dict[str, Any]]) -> None:
+        """A response of the reference to every row of the batch: what AAPO compares with, sampled once a prompt."""
+        assert self.reference is not None
+        policy, metrics, scored = self.model_wrapped, copy.deepcopy(self._metrics), self._scored
+        seen = self.state.num_input_tokens_seen
+        with self.reference.enter(self.accelerator.unwrap_model(self.model)) as model, torch.no_grad():
+            if model is not self.accelerator.unwrap_model(self.model):
+                self.model_wrapped = model
+            try:
+                asked = [row["prompt"] for row in inputs]
+                _, ids, _, completions, *_ = self._generate(asked)
+                of_functions = self._calculate_rewards(inputs, asked, completions, ids)
+            finally:
+                self.model_wrapped, self._metrics, self._scored = policy, metrics, scored
+                self.state.num_input_tokens_seen = seen
+        rewards = (of_functions * self.reward_weights.to(of_functions.device)).nansum(1).tolist()
+        for prompt in aapo.missing(prompts):
+            aapo.remember(prompt, [r for p, r in zip(prompts, rewards, strict=True) if p == prompt])
+
+    def _teach(self, critic: Critic, rollouts: Rollouts) -> None:
+        usual = horizon(self.composition)
+        gamma, lam = (u if own is None else own for own, u in zip((critic.gamma, critic.lam), usual, strict=True))
+        old, rewards = rollouts.known["values"], rollouts.known.get("token_rewards")
+        targets = value_targets(rollouts.rewards, rollouts.mask, old, rewards, gamma=gamma, lam=lam)
+        found = critic.learn(
+            rollouts.batch, rollouts.mask, old, targets, chunk=self.args.per_device_train_batch_size,
+            accelerator=self.accelerator,
+        )  # fmt: skip
+        for name, value in found.items():
+            self._metrics["train"][name].append(value)
+
+    def _keep(self, rollouts: Rollouts, out: Mapping[str, Tensor]) -> None:
+        n = min(self.keep_rollouts, len(rollouts.mask))
+        if not n or not self.accelerator.is_main_process or not self.model.training:
+            return
+        rows = []
+        for i in range(n):
+            counted = rollouts.mask[i]
+            ids = rollouts.tokens[i][counted].tolist()
+            rows.append({
+                "step": self.state.global_step, "prompt": rollouts.prompts[i], "completion": rollouts.completions[i],
+                "reward": None if bool(torch.isnan(rollouts.rewards[i])) else float(rollouts.rewards[i]),
+                "tokens": [self._tokenizer.decode([t]) for t in ids],
+                "advantages": [round(a, 6) for a in out["advantages"][i][counted].tolist()],
+            })  # fmt: skip
+        write_rollouts(self.run_folder / "rollouts.jsonl", rows)
+
+    def _score_reference(self, reads: Sequence[str]) -> Callable | None:
+        reference = self.reference
+        if reference is None or not {"ref_logps", "ref_kl", "policy_kl"} & {*reads}:
+            return None
+        return lambda batch: reference.score(self.model, batch, self.sharing)
+
+    @property
+    def _aapo(self) -> AAPO | None:
+        return next((p for p in self.composition.stateful().values() if isinstance(p, AAPO)), None)
+
+    @property
+    def _is_spo(self) -> bool:
+        return self.objective.name == "spo"
+
+
+def horizon(composition: Composition) -> tuple[float, float]:
+    """(gamma, lam) of what the critic learns: those of ppo_gae, lam = 1 for every other estimator."""
+    estimator = next(part for part in composition.parts if part.kind == "estimator")
+    given = getattr(estimator.function, "keywords", {})
+    return given.get("gamma", 1.0), given.get("lam", 0.95) if estimator.name == "ppo_gae" else 1.0
+
+
+def available(inputs: Mapping[str, Any], credit: bool, critic: bool, correct: bool, reference: str) -> set[str]:
+    """Names of what a run can give to estimators, credit and objective."""
+    found = {"tokens", "step", "old_logps", "entropy", *OVER_VOCABULARY, *inputs}
+    found |= {"token_rewards"} if credit else set()
+    found |= {"values"} if critic else set()
+    found |= {"correct"} if correct else set()
+    found |= {"ref_logps", "ref_kl", "policy_kl", "prompts"} if reference != "none" else set()
+    return found

@@ -1,0 +1,67 @@
+"""What this release expects of TRL, and what of TRL has no effect here."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import trl
+from trl import GRPOConfig, GRPOTrainer
+
+from tokenpo.errors import InputError
+
+SUPPORTED = "trl>=1.16,<1.17"
+HOOKS = {
+    "_generate_and_score_completions": ("self", "inputs"),
+    "_compute_loss": ("self", "model", "inputs"),
+    "_prepare_inputs": ("self", "generation_batch"),
+    "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "_tokenize_prompts": ("self", "prompts"),
+    "_generate": ("self", "prompts"),
+    "_get_num_items_in_batch": ("self", "batch_samples", "device"),
+    "_save_rng_state": ("self", "output_dir"),
+    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+}
+OURS = {
+    "beta": "kl_coef",
+    "epsilon": "clip_low and clip_high",
+    "epsilon_high": "clip_high",
+    "delta": "dual_clip",
+    "loss_type": "another name",
+    "importance_sampling_level": "the name gspo",
+    "top_entropy_quantile": "a filter such as d3s_tokens to the advantages",
+    "entropy_coef": "entropy_coef",
+    "use_adaptive_entropy": "entropy_coef",
+    "off_policy_mask_threshold": "dual_clip",
+    "use_bias_correction_kl": "another kl",
+    "scale_rewards": "another estimator to the advantages",
+    "multi_objective_aggregation": "another estimator to the advantages",
+}
+"""Settings of TRL's own loss, and what says the same here."""
+
+
+def check_hooks(trainer: type = GRPOTrainer, version: str = trl.__version__) -> None:
+    """Raise InputError unless `trainer` has every method that is overridden or called here, with its arguments."""
+    for name, arguments in HOOKS.items():
+        function = getattr(trainer, name, None)
+        if function is None or tuple(inspect.signature(function).parameters) != arguments:
+            found = "has no such method" if function is None else f"has {name}{inspect.signature(function)}"
+            raise InputError(f"this release works with {SUPPORTED}; the GRPOTrainer of trl {version} {found}: {name}")
+
+
+def refuse_settings(args: GRPOConfig) -> None:
+    """Settings of TRL's own loss would have no effect: name what has."""
+    usual = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
+    for name, instead in OURS.items():
+        if getattr(args, name) != usual[name]:
+            raise InputError(f"{name}={getattr(args, name)} is of TRL's own loss: give the objective {instead} instead")
+
+
+def refuse_empty(output: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a rollout_func returned, unless it holds a completion without tokens."""
+    for i, ids in enumerate(output.get("completion_ids", ())):
+        if len(ids) == 0:
+            raise InputError(f"rollout_func returned an empty completion for row {i}: end it with the end of sequence")
+    return output
