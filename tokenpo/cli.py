@@ -19,6 +19,7 @@ from tokenpo.methods import nearest
 
 COMMANDS = {
     "train": "fine-tune a model on preference pairs:  tokenpo train [CONFIG.yaml] [key=value ...]",
+    "rl": "online RL on TRL, with token advantages:  tokenpo rl [CONFIG.yaml] [key=value ...]",
     "reward": "models that score tokens:  tokenpo reward train | score | eval",
     "score": "per-token log-probs, KL and implicit rewards:  tokenpo score MODEL DATA --output FILE",
     "inspect": "heat maps of tokens and curves, one page:  tokenpo inspect [MODEL|RUN] [DATA] --credit NAME[,NAME]",
@@ -66,6 +67,10 @@ def _run(words: list[str]) -> int:
         from tokenpo.commands.train import train
 
         train(config)
+    elif command == "rl":
+        from tokenpo.commands.rl import rl
+
+        rl(rl_config(rest))
     elif command == "cache":
         from tokenpo.commands.cache import run
 
@@ -134,6 +139,17 @@ def train_config(words: list[str]) -> Any:
     found = parse(TrainConfig, "train", words)
     if found.model == "embedded" and found.train == "embedded":
         found = parse(TrainConfig, "train", words, defaults=preset(str(found.loss.get("name"))))
+    return found
+
+
+def rl_config(words: list[str]) -> Any:
+    """The configuration of `tokenpo rl`; with the embedded model and prompts, values that suit them underneath."""
+    from tokenpo.commands.rl_config import RLConfig, preset
+
+    words = _positional(words, ("config",))
+    found = parse(RLConfig, "rl", words)
+    if found.model == "embedded" and found.prompts == "embedded":
+        found = parse(RLConfig, "rl", words, defaults=preset(str(found.objective.get("name"))))
     return found
 
 

@@ -211,7 +211,7 @@ def _network(config: RewardConfig, model: Any) -> Any:
 
 
 def _merged(network: Any) -> Any:
-    """The model with its adapter in its weights; quantised ones become whole first, since they would be rounded again."""
+    """The model with its adapter in its weights; quantised ones become whole, since merging would round them again."""
     base = network.get_base_model()
     if not getattr(base, "is_quantized", False):
         return network.merge_and_unload()
@@ -228,7 +228,8 @@ def _merged(network: Any) -> Any:
     for name, module in list(plain.named_modules()):
         if not isinstance(module, Linear4bit):
             continue
-        weight = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        packed: Any = module.weight
+        weight = dequantize_4bit(packed.data, packed.quant_state).float()
         whole = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None)
         whole.weight.data = weight + increments[name] if name in increments else weight
         if module.bias is not None:

@@ -9,7 +9,10 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+SHOWN = {
+    "loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "reward": "reward",
+    "entropy": "entropy", "kl/reference": "kl",
+}  # fmt: skip
 
 
 class ProgressLine(TrainerCallback):
