@@ -40,7 +40,7 @@ LONGER = {"meet": 2}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=list(EMBEDDED_LOSS))
+    parser.add_argument("--only", nargs="*", default=[*EMBEDDED_LOSS, "sparsepo+mapo"], help="losses, or LOSS+CREDIT")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--jobs", type=int, default=2)
@@ -66,7 +66,15 @@ def run(runs: Path, name: str, seed: int, steps: int) -> str | None:
     if (folder / "summary.json").exists():
         return None
     steps *= LONGER.get(name, 1)
-    words = ["train", f"loss.name={name}", f"seed={seed}", f"max_steps={steps}", f"output={folder}"]
+    loss, _, credit = name.partition("+")
+    words = [
+        "train",
+        f"loss.name={loss}",
+        *([f"credit.name={credit}"] if credit else []),
+        f"seed={seed}",
+        f"max_steps={steps}",
+        f"output={folder}",
+    ]
     words += [f"eval_every={steps}", f"save_every={steps}"]
     done = subprocess.run(
         [sys.executable, "-m", "tokenpo", *words],
@@ -110,7 +118,8 @@ def write(
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, runs in sorted(found.items(), key=lambda item: -mean([s["after"]["true_reward"] for s in item[1]])):
-        lines.append(row(methods[name], runs))
+        loss, _, credit = name.partition("+")
+        lines.append(row(methods[loss], runs, credit))
     lines += ["", "## Pages", "", "Every registered method, in the words of its docstring."]
     for kind in sorted({m.kind for m in methods.values()}):
         lines += ["", f"## Kind: {kind}", ""]
@@ -121,14 +130,14 @@ def write(
     print(path)
 
 
-def row(method: Method, runs: list[dict[str, Any]]) -> str:
+def row(method: Method, runs: list[dict[str, Any]], credit: str = "") -> str:
     """One line of the table: means over seeds, and the spread where there is more than one."""
     after = [s["after"] for s in runs]
     low, high = after[0]["true_reward_interval"]
     rise = [(s["after"]["true_reward"] - s["before"]["true_reward"]) / s["before"]["true_reward_std"] for s in runs]
     settings = ", ".join(f"{k} {v:g}" for k, v in runs[0]["loss"].items() if isinstance(v, (int, float)))
     cells = [
-        f"[`{method.name}`](#{method.name})",
+        f"[`{method.name}`](#{method.name})" + (f" with `{credit}`" if credit else ""),
         spread([s["held_out"]["rewards/accuracies"] for s in runs], 3),
         f"{spread([a['true_reward'] for a in after], 2)} [{low:.2f}, {high:.2f}]",
         spread(rise, 2),
