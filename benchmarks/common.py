@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 WIDTHS = (512, 1024, 2048)
+VOCABULARY, HIDDEN, LAYERS, INNER = 50_000, 512, 6, 1408  # of `qwen3_44m`
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -35,10 +36,14 @@ def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: bool 
         for run in runs.values():
             run()
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    start = time.perf_counter()
+    for number in range(rounds):
         for name, run in runs.items():
             gc.collect()
             found[name].append(seconds(run))
+        left = (time.perf_counter() - start) / (number + 1) * (rounds - number - 1)
+        taken = ", ".join(f"{name} {values[-1]:.2f}" for name, values in found.items())
+        print(f"round {number + 1} of {rounds}, {left:.0f} s left: {taken}", file=sys.stderr, flush=True)
     return found
 
 
@@ -203,6 +208,19 @@ def draw_scan(
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return str(path)
+
+
+def qwen3_44m(dtype: torch.dtype, layers: int = LAYERS) -> Any:
+    """The model that several benchmarks use, from seed 0: Qwen3-shaped, its head tied; 44M parameters at six layers."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).to(dtype)
 
 
 def _drain() -> None:

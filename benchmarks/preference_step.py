@@ -19,25 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import alternate, draw_bars, emit, extra_peak, in_child, machine, median_ratio, seconds
+from common import (
+    HIDDEN, INNER, LAYERS, VOCABULARY, alternate, draw_bars, emit, extra_peak, in_child, machine, median_ratio,
+    qwen3_44m, seconds,
+)  # fmt: skip
 from torch import Tensor, nn
 
-VOCABULARY, HIDDEN, LAYERS, INNER = 50_000, 512, 6, 1408
 PAIRS, PROMPT, RESPONSE = 4, (256, 512), (64, 256)
 Step = Callable[[], tuple[float, dict[str, Tensor]]]
 NAMES = ("trl_dpo", "dpo", "dpo_cached", "tdpo2", "tdpo2_cached", "tdpo_dense")
-
-
-def make_model(dtype: torch.dtype) -> nn.Module:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False,
-    )  # fmt: skip
-    return Qwen3ForCausalLM(config).to(dtype)
 
 
 def make_rows(seed: int = 0) -> list[dict[str, list[int]]]:
@@ -220,7 +210,7 @@ FLOORS = {
 
 def measure(dtype_name: str, rounds: int) -> dict[str, Any]:
     dtype = getattr(torch, dtype_name)
-    model, rows = make_model(dtype), make_rows()
+    model, rows = qwen3_44m(dtype), make_rows()
     with tempfile.TemporaryDirectory() as folder:
         steps = {name: build(name, model, rows, f"{folder}/{name}") for name in NAMES}
         differences = compare(steps, dtype)
@@ -249,7 +239,7 @@ def measure(dtype_name: str, rounds: int) -> dict[str, Any]:
 
 def child(name: str, dtype_name: str) -> None:
     """Peak memory of one competitor's step beyond what it held before, in a process of its own."""
-    model, rows = make_model(getattr(torch, dtype_name)), make_rows()
+    model, rows = qwen3_44m(getattr(torch, dtype_name)), make_rows()
     with tempfile.TemporaryDirectory() as folder:
         step = build(name, model, rows, folder)
         emit({"bytes": extra_peak(step)})

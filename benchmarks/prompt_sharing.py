@@ -18,25 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import alternate, draw_scan, emit, machine, median_ratio
+from common import VOCABULARY, alternate, draw_scan, emit, machine, median_ratio, qwen3_44m
 from torch import Tensor, nn
 
 from tokenpo.statistics import PromptSharing, linear_token_stats, response_stats, shared
 from tokenpo.statistics.head import LinearHead
 
-VOCABULARY, HIDDEN, INNER = 50_000, 512, 1408
 Update = Callable[[], Tensor]
-
-
-def make_model(layers: int, dtype: torch.dtype) -> nn.Module:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True, use_cache=False,
-    )  # fmt: skip
-    return Qwen3ForCausalLM(config).to(dtype)
 
 
 def make_group(prompt: int, group: int, response: int) -> dict[str, Tensor]:
@@ -96,7 +84,7 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def scan(lengths: list[tuple[int, int, int]], dtype: torch.dtype, rounds: int) -> list[dict[str, float]]:
     """Median seconds and ratio for each (prompt, group, response), on two layers."""
-    model, found = make_model(2, dtype), []
+    model, found = qwen3_44m(dtype, layers=2), []
     for prompt, group, response in lengths:
         updates = competitors(model, make_group(prompt, group, response))
         taken = alternate({n: updates[n] for n in ("unshared", "shared")}, rounds)
@@ -116,7 +104,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/benchmarks")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    model = make_model(args.layers, dtype)
+    model = qwen3_44m(dtype, args.layers)
     updates = competitors(model, make_group(args.prompt, args.group, args.response))
     errors = compare(model, updates)
     print("differences from unshared:", errors, flush=True)

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import HIDDEN, VOCABULARY, machine, qwen3_44m, seconds
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tokenpo.data import PreferenceCollator
 from tokenpo.errors import InputError
 from tokenpo.reference import build as building
@@ -38,7 +38,6 @@ from tokenpo.reference.key import base_tensors, digest_of_tensors
 from tokenpo.reference.store import Store
 from tokenpo.statistics import response_stats
 
-VOCABULARY, HIDDEN, LAYERS, INNER = 50_000, 512, 6, 1408
 PAIRS, PROMPT, RESPONSE, SEQUENCES = 12, (64, 192), (32, 96), 8
 KEY = {"model": "the one of this benchmark"}
 
@@ -50,27 +49,9 @@ def make_rows(pairs: int, prompt: tuple[int, int], response: tuple[int, int], vo
     return [{name: ids(bound) for name, bound in bounds.items()} for _ in range(pairs)]
 
 
-def make_model(dtype: torch.dtype) -> Any:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False,
-    )  # fmt: skip
-    return Qwen3ForCausalLM(config).to(dtype)
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def rates(dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     """Build against one bare forward, by what is kept; then an epoch of lookups against an epoch of steps."""
-    model = make_model(dtype)
+    model = qwen3_44m(dtype)
     rows = make_rows(PAIRS, PROMPT, RESPONSE, VOCABULARY)
     source = cache.source_of("auto", model)
     wanted = list(building.entries(rows, "train"))
@@ -250,7 +231,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where --kills builds; left out: a temporary one")
     arguments = parser.parse_args()
-    found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"machine": machine()}
     if arguments.kills:
         with tempfile.TemporaryDirectory() as folder:
             found["kills"] = kills(arguments.kills, arguments.folder or Path(folder))
