@@ -20,8 +20,19 @@ from typing import Any
 
 import torch
 from common import (
-    HIDDEN, INNER, LAYERS, VOCABULARY, alternate, draw_bars, emit, extra_peak, in_child, machine, median_ratio,
-    qwen3_44m, seconds,
+    HIDDEN,
+    INNER,
+    LAYERS,
+    VOCABULARY,
+    alternate,
+    draw_bars,
+    emit,
+    extra_peak,
+    in_child,
+    machine,
+    median_ratio,
+    qwen3_44m,
+    seconds,
 )  # fmt: skip
 from torch import Tensor, nn
 
