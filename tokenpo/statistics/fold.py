@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from tokenpo.statistics import expected
 from tokenpo.statistics.tiles import Side, Sweep, Tile
 
 LN2 = math.log(2)
@@ -22,8 +24,12 @@ def new_state(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return state
 
 
-def fold(sweep: Sweep, tile: Tile, tokens: Tensor, state: Tensor) -> None:
+def fold(
+    sweep: Sweep, tile: Tile, tokens: Tensor, state: Tensor, rows_of_head: Mapping[str, Tensor] | None = None
+) -> None:
     """Add one tile to the running sums of its rows, in place. `tokens` and the columns of `state` are all rows'.
+
+    With `rows_of_head`, also to the sums of `expected`, by "p" and "q".
 
     Every sum holds 2^x or 2^y times at most the difference y - x: nothing of the size of the logits themselves
     is ever added up. When a peak rises, the sums are rescaled.
@@ -36,6 +42,8 @@ def fold(sweep: Sweep, tile: Tile, tokens: Tensor, state: Tensor) -> None:
     keep_x = ref_product is not None or "entropy" in outputs
     exp_p = torch.exp2(x, out=sweep.buffer("exp_p", *x.shape) if keep_x else x)
     shrink_p = drop_p.exp2()
+    if rows_of_head:
+        expected.add(rows_of_head["p"], tile, exp_p, shrink_p, spare=product)
     if sweep.reference is not None and ref_product is not None:
         y = sweep.wide(ref_product, sweep.reference, tile, "y")
         drop_q = _lower(y, _gain(sweep, sweep.reference), offsets, row["peak_q"], row["taken_q"])
@@ -43,6 +51,8 @@ def fold(sweep: Sweep, tile: Tile, tokens: Tensor, state: Tensor) -> None:
         needs_difference = "ref_kl" in outputs or "policy_kl" in outputs
         exp_q = torch.exp2(y, out=sweep.buffer("exp_q", *y.shape) if needs_difference else y)
         tile_q = exp_q.sum(1)
+        if rows_of_head and "q" in rows_of_head:
+            expected.add(rows_of_head["q"], tile, exp_q, shrink_q, spare=ref_product)
         if needs_difference:
             y.sub_(x)
         if "ref_kl" in outputs:

@@ -132,7 +132,7 @@ def propagate(
             if dz.dtype != numbers.dtype:
                 dz = sweep.buffer("product", dz.shape[0], dz.shape[1], numbers.dtype).copy_(dz)
             if d_hidden is not None:
-                _add_product(d_hidden, tile.rows, dz, tile.weight)
+                add_product(d_hidden, tile.rows, dz, tile.weight)
             if target is None:
                 continue
             if len(tiles) == 1 and target.dtype == dz.dtype:
@@ -140,7 +140,7 @@ def propagate(
             elif part is None:
                 part = torch.mm(dz.T, hidden[tile.rows]).to(sweep.plan.dtype)
             else:
-                _add_product(part, slice(None), dz.T, hidden[tile.rows])
+                add_product(part, slice(None), dz.T, hidden[tile.rows])
         if target is not None and part is not None:
             target.copy_(part)
         if target is not None and not tiles:
@@ -148,7 +148,7 @@ def propagate(
     return d_hidden, d_weight, d_bias  # autograd casts them to the dtypes of hidden and bias
 
 
-def _add_product(total: Tensor, rows: slice | Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(total: Tensor, rows: slice | Tensor, left: Tensor, right: Tensor) -> None:
     """total[rows] += left @ right, in place."""
     if isinstance(rows, Tensor):
         total.index_add_(0, rows, (left @ right).to(total.dtype))

@@ -169,7 +169,21 @@ def _gathered(value: Any) -> Tensor:
     from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found, unused-ignore]
 
     with GatheredParameters([value]):
-        return cast(Tensor, value.clone())  # the parameter is emptied again at the end of this block
+        return cast(Tensor, _GatheredAgain.apply(value))  # the parameter is emptied at the end of this block
+
+
+class _GatheredAgain(torch.autograd.Function):
+    """A copy of a parameter of ZeRO stage 3, which has to be whole again when its gradient is accumulated."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.owner = value
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        ctx.owner.all_gather()
+        return grad
 
 
 def text_config(model: Any) -> Any:

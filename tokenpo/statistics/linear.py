@@ -16,8 +16,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from tokenpo.errors import InputError
+from tokenpo.statistics import expected
 from tokenpo.statistics.dense import REFERENCE_OUTPUTS, check_outputs, check_temperature, check_tokens
-from tokenpo.statistics.fold import finish, fold, heavy, log_masses, new_state
+from tokenpo.statistics.fold import STATE, finish, fold, heavy, log_masses, new_state
 from tokenpo.statistics.gradient import propagate, row_weights, tile_gradient
 from tokenpo.statistics.head import LinearHead
 from tokenpo.statistics.tiles import Plan, Sweep
@@ -51,7 +52,9 @@ def linear_token_stats(
 
     Args:
         hidden: (N, d). Gradient flows.
-        head: V rows. Gradient flows to weight and bias if they require it; a frozen head costs no product.
+        head: V rows. Gradient flows to weight and bias if they require it. A frozen head (LoRA) costs no product for
+            itself; without Triton and without a soft-cap it saves another (`tokenpo.statistics.expected`), for two
+            sums (N, d) kept for the backward pass.
         tokens: (N,) integer ids in [0, V).
         outputs: any of "logps", "entropy", "ref_kl", "policy_kl", "ref_logps", "top1", "log_p2"; no product with
             the reference's head is made unless one of its three is asked for.
@@ -101,6 +104,8 @@ def linear_token_stats(
     if tile_bytes is None:
         tile_bytes = TILE_BYTES_CPU if hidden.device.type == "cpu" else TILE_BYTES
     plan = Plan.of(names, (hidden, head), reference, temperature, tile_bytes, skip_below)
+    if expected.pays(names, hidden, head, skip_below) and not _runs_triton(plan, hidden.device):
+        plan = plan._replace(expected=True)
     tensors = [hidden, head.weight, head.bias, None, None, None]
     if reference is not None:
         constants = (reference[0], reference[1].weight, reference[1].bias)
@@ -135,9 +140,10 @@ _KEPT = ("shift_p", "shift_q", "entropy", "policy_kl", "log_p2")
 class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, tokens: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        rows, counts = _scan(Sweep(plan, tensors), tokens)
+        rows, counts, of_head = _scan(Sweep(plan, tensors), tokens)
         ctx.plan = plan
-        ctx.save_for_backward(tokens, counts, *tensors, *(rows.get(name) for name in _KEPT))
+        kept = (*(rows.get(name) for name in _KEPT), *(of_head.get(name) for name in ("p", "q")))
+        ctx.save_for_backward(tokens, counts, *tensors, *kept)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(rows[name] for name in ("ref_logps", "top1") if name in plan.outputs))
         return tuple(rows[name] for name in plan.outputs)
@@ -146,9 +152,12 @@ class _LinearTokenStats(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tokens, counts, *saved = ctx.saved_tensors
-        tensors, kept = saved[:6], _present(_KEPT, saved[6:])
+        tensors, kept, of_head = saved[:6], _present(_KEPT, saved[6:-2]), _present(("p", "q"), saved[-2:])
         upstream = _present(ctx.plan.outputs, grads)
         plan = ctx.plan
+        if plan.expected and upstream.keys() <= set(expected.SERVED):
+            d_hidden = expected.gradient(plan, upstream, tokens, tensors[1], of_head)
+            return None, None, d_hidden, *(None for _ in tensors[1:])
         if not ("ref_kl" in upstream or "policy_kl" in upstream):
             plan = plan._replace(reference=None, shared=False)
         weights = row_weights(upstream, kept, gain=plan.policy.scale / plan.temperature)
@@ -161,33 +170,41 @@ def _present(names: Sequence[str], values: Sequence[Tensor | None]) -> dict[str,
     return {name: value for name, value in zip(names, values, strict=True) if value is not None}
 
 
+def _runs_triton(plan: Plan, device: torch.device) -> bool:
+    wanted = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return wanted and plan.dtype == torch.float32 and find_spec("triton") is not None
+
+
 def _tile_functions(plan: Plan, device: torch.device) -> tuple[Callable[..., None], Callable[..., Tensor]]:
     """What reads a tile forwards and backwards: plain torch, or Triton where it runs and sums are in float32."""
-    runs_triton = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    if not runs_triton or plan.dtype != torch.float32 or find_spec("triton") is None:
+    if not _runs_triton(plan, device):
         return fold, tile_gradient
     from tokenpo.statistics import triton_tiles
 
     return triton_tiles.fold, triton_tiles.tile_gradient
 
 
-def _scan(sweep: Sweep, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The row values of `finish`, in one sweep; with `skip_below`, also which rows count in which span, (spans, N)."""
+def _scan(sweep: Sweep, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor | None, dict[str, Tensor]]:
+    """The row values of `finish`, in one sweep; with `skip_below`, also which rows count in which span, (spans, N);
+    where the plan says so, the expected rows of the head."""
     plan = sweep.plan
     add_tile = _tile_functions(plan, tokens.device)[0]
     state = new_state(len(tokens), plan.dtype, tokens.device)
+    sums = expected.new_sums(sweep) if plan.expected else {}
+    more = (sums,) if sums else ()
     masses = []
     for start, stop in sweep.spans():
         before = state.clone() if plan.skip_below else None
         for tile in sweep.tiles(start, stop):
-            add_tile(sweep, tile, tokens, state)
+            add_tile(sweep, tile, tokens, state, *more)
         if before is not None:
             masses.append(log_masses(before, state))
     rows = finish(state, sweep.reference is not None)
+    of_head = expected.finish(sums, dict(zip(STATE, state, strict=True)))
     if not plan.skip_below:
-        return rows, None
+        return rows, None, of_head
     counts = [
         heavy(mass, rows, plan.skip_below) | ((tokens >= start) & (tokens < stop))
         for mass, (start, stop) in zip(masses, sweep.spans(), strict=True)
     ]
-    return rows, torch.stack(counts)
+    return rows, torch.stack(counts), of_head

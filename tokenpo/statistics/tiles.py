@@ -43,6 +43,7 @@ class Plan(NamedTuple):
     width: int
     shared: bool
     skip_below: float
+    expected: bool = False  # see `tokenpo.statistics.expected`
 
     @staticmethod
     def of(
