@@ -5,9 +5,10 @@
 
 Prints a table and, as its last line, everything as JSON. The update is not run: its time is 6 * parameters * tokens
 floating-point operations (forward and backward; attention, head and optimizer left out, which would only raise it) at
-the matrix-product rate measured here, the better of float32 and bfloat16. Methods that read (B, T, V) or (B, T, d)
-tensors are measured on one group with a small last axis and multiplied up; the table says so. KTAE is also held against
-a direct loop on one group, multiplied by the groups, and TEMPO is run at several lengths.
+the matrix-product rate measured here, the better of float32 and bfloat16. Methods that read (B, T, d) states are
+measured on one group and multiplied up; the table says so. What THR and TW-GRPO read of the vocabulary is made in the
+pass without gradient; that is measured beside its product with the head, on a few tokens, multiplied up. KTAE and GAE
+are also held against direct loops, KTAE's on one group, multiplied by the groups, and TEMPO is run at several lengths.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tokenpo.advantages import ktae_advantages, ktae_values, tempo_advantages
+from tokenpo.advantages import ktae_advantages, ktae_values, prediction_errors, tempo_advantages
+from tokenpo.credit import gae
+from tokenpo.integrations.rollouts import ERRORS, disagreements
 from tokenpo.methods import Method, all_methods
+from tokenpo.statistics import LinearHead
 
 PARAMETERS, WIDTH, VOCABULARY = 300e6, 1024, 32768
-SMALL = 512
-"""Of V and d where a method reads those axes."""
 TARGET = 0.01
 
 
@@ -73,11 +75,12 @@ def inputs_of(method: Method, groups: int, members: int, tokens: int) -> dict[st
         "advantages": per_token,
         "anchor": lambda: 0.5,
         "answer_ids": lambda: torch.randint(4, (rows,), generator=g),
+        "disagreement": lambda: per_token().abs(),
         "entropy": lambda: per_token().abs(),
-        "errors": lambda: per_token(SMALL),
+        "error_ids": lambda: zipf_tokens(rows, tokens * ERRORS, g).reshape(rows, tokens, ERRORS),
+        "errors": lambda: per_token(ERRORS),
         "group": lambda: torch.arange(rows) // members,
-        "hidden": lambda: per_token(SMALL),
-        "logits": lambda: per_token(SMALL),
+        "hidden": lambda: per_token(WIDTH),
         "mask": lambda: torch.arange(tokens) < torch.randint(tokens // 2, tokens + 1, (rows, 1), generator=g),
         "old_logps": lambda: -per_token().abs(),
         "parent": lambda: torch.where(torch.arange(rows) % members == 0, -1, torch.arange(rows) // members * members),
@@ -96,14 +99,48 @@ def inputs_of(method: Method, groups: int, members: int, tokens: int) -> dict[st
 
 def measure(method: Method, groups: int, members: int, tokens: int) -> tuple[float, str]:
     """Seconds for the whole batch, and how they were extrapolated."""
-    wide = {"hidden": WIDTH, "errors": VOCABULARY, "logits": VOCABULARY}
-    axes = [axis for name, axis in wide.items() if name in method.needs]
-    if not axes:
-        inputs = inputs_of(method, groups, members, tokens)
-        return seconds(lambda: method.function(**inputs)), ""
-    inputs = inputs_of(method, 1, members, tokens)
-    factor = groups * math.prod(axis / SMALL for axis in axes)
-    return seconds(lambda: method.function(**inputs)) * factor, f"one group, last axes {SMALL}, times {factor:g}"
+    once = "hidden" in method.needs
+    inputs = inputs_of(method, 1 if once else groups, members, tokens)
+    taken = seconds(lambda: method.function(**inputs))
+    return (taken * groups, f"one group, times {groups}") if once else (taken, "")
+
+
+def of_the_vocabulary(members: int, tokens: int, all_tokens: int) -> dict[str, float]:
+    """Seconds, for all tokens, of what the pass without gradient makes for THR and TW-GRPO, and of its head's product.
+
+    Measured in float32 on `tokens` positions of one group, products included."""
+    g = torch.Generator().manual_seed(0)
+    head = LinearHead(torch.randn(VOCABULARY, WIDTH, generator=g) / WIDTH**0.5)
+    hidden = torch.randn(members, tokens, WIDTH, generator=g)
+    taken = torch.randint(VOCABULARY, (members, tokens), generator=g)
+    mask, group = torch.ones_like(taken).bool(), torch.zeros(members, dtype=torch.int64)
+    factor = all_tokens / (members * tokens)
+    return {
+        "product_with_the_head": factor * seconds(lambda: head.logits(hidden)),
+        "errors": factor * seconds(lambda: prediction_errors(head.logits(hidden), taken, kept=ERRORS)),
+        "disagreement": factor * seconds(lambda: disagreements(hidden, group, mask, head, 1.0)),
+    }
+
+
+def gae_against_loop(rows: int, tokens: int) -> dict[str, float]:
+    """Ours, and the recursion column by column."""
+    g = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, rows, tokens, generator=g)
+    mask = torch.arange(tokens) < torch.randint(tokens // 2, tokens + 1, (rows, 1), generator=g)
+
+    def loop() -> Tensor:
+        r, v = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+        advantage = after = r.new_zeros(rows)
+        columns = []
+        for t in reversed(range(tokens)):
+            step = r[:, t] + after - v[:, t] + 0.95 * advantage
+            advantage, after = torch.where(mask[:, t], step, advantage), torch.where(mask[:, t], v[:, t], after)
+            columns.append(advantage)
+        return torch.where(mask, torch.stack(columns[::-1], -1), 0.0)
+
+    apart = (gae(rewards, values, mask)[0] - loop()).abs().max().item()
+    return {"seconds": seconds(lambda: gae(rewards, values, mask)), "loop_seconds": seconds(loop),
+            "greatest_difference": apart}  # fmt: skip
 
 
 def direct_ktae(rewards: list[float], rows: list[list[int]]) -> list[list[float]]:
@@ -172,7 +209,7 @@ def ktae_against_loop(groups: int, members: int, tokens: int) -> dict[str, float
 
 def tempo_linearity(rows: int) -> dict[str, object]:
     """Seconds by tokens, and the exponent of a power law through them: 1 is linear."""
-    lengths, times = [512, 1024, 2048, 4096], []
+    lengths, times = [256, 512, 1024, 2048, 4096], []
     for tokens in lengths:
         inputs = inputs_of(all_methods("estimator")["tempo"], rows // 16, 16, tokens)
         times.append(seconds(lambda inputs=inputs: tempo_advantages(**inputs)))
@@ -214,7 +251,11 @@ def main() -> None:
         report["ktae"] = ktae_against_loop(*shape)
     if not arguments.only or "tempo" in arguments.only:
         report["tempo"] = tempo_linearity(shape[0] * shape[1])
-    for name in ("ktae", "tempo"):
+    if not arguments.only or "gae" in arguments.only:
+        report["gae"] = gae_against_loop(shape[0] * shape[1], shape[2])
+    if not arguments.only or {"thr", "nthr", "tw_grpo"} & {*arguments.only}:
+        report["vocabulary"] = of_the_vocabulary(shape[1], 16, math.prod(shape))
+    for name in ("ktae", "tempo", "gae", "vocabulary"):
         if name in report:
             print(f"\n{name}: {report[name]}")
     print(json.dumps(report))

@@ -16,7 +16,7 @@ from tokenpo.commands import rl as command
 
 QUICK = ["max_steps=6", "batch_size=4", "group_size=4", "accumulate=2", "updates=2", "learning_rate=0.003", "samples=4",
          "max_new_tokens=8", "log_every=1", "save_every=3"]  # fmt: skip
-STATEFUL = "advantages=[{name: ppo_gae}, {name: ha_dw}]"
+STATEFUL = ["advantages=[{name: ppo_gae}, {name: ha_dw}]", "sampling=[{name: hapo_temperature, tau: 0.5}]"]
 
 
 def vowels(completions, answer, **kwargs):
@@ -32,7 +32,7 @@ def prompts(tmp_path_factory):
 
 def words(model_folder, prompts, output, *more):
     return ["rl", f"model={model_folder}", f"prompts={prompts}", "reward=test_rl_command:vowels", f"output={output}",
-            *QUICK, STATEFUL, "critic={learning_rate: 0.01}", *more]  # fmt: skip
+            *QUICK, *STATEFUL, "critic={learning_rate: 0.01}", *more]  # fmt: skip
 
 
 def losses(run):
@@ -100,6 +100,9 @@ def test_the_embedded_run_raises_the_true_reward(tmp_path, capsys):
             "reward 'good' is neither true_reward, nor module:function, nor the folder of a reward model",
         ),
         (["trainer.beta=0.1"], "beta=0.1 is of TRL's own loss: give the objective kl_coef instead"),
+        (["sampling=[spo_chian]"], "there is no way of sampling 'spo_chian': did you mean 'spo_chain'"),
+        (["advantages=[spo_chain]"], "'spo_chain' needs 'prefix_values', which is not available: put spo_chain into"),
+        (["stages={name: lopti}"], "stages are the two iterations over a batch: set num_iterations=2 (updates=2 of"),
         (["trainer.top=0.1"], "trainer has no setting 'top'"),
         (["temperature=0"], "temperature must be positive, got 0.0"),
         (["max_steps=0"], "max_steps must be at least 1, got 0"),
@@ -111,6 +114,19 @@ def test_mistakes_are_one_sentence(given, sentence, tmp_path, capsys):
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_train_with_the_online_task_is_the_same_command(tmp_path, capsys, monkeypatch):
+    given = []
+    monkeypatch.setattr(command, "rl", given.append)
+    file = tmp_path / "run.yaml"
+    file.write_text("task: online\nadvantages: [ktae, a3po]\ngroup_size: 4\n")
+    assert main(["train", str(file), "max_steps=3"]) == 0
+    assert main(["train", "task=online", "advantages=[ktae, a3po]", "--group_size", "4", "max_steps=3"]) == 0
+    assert given[0] == given[1] and given[0].advantages == ["ktae", "a3po"] and given[0].group_size == 4
+    assert main(["train", str(file), "task=offline"]) == 2  # the words win over the file
+    assert main(["train", "task=onlin"]) == 2
+    assert "task is offline or online, got 'onlin'" in capsys.readouterr().err and len(given) == 2
 
 
 def test_a_prompt_longer_than_the_window_is_named_before_training(model_folder, tmp_path, capsys):

@@ -86,6 +86,14 @@ def test_kill_and_resume_gives_the_same_weights_bit_for_bit(uninterrupted, model
     assert steps[0] == steps[1]
 
 
+def test_a_mistake_in_the_data_leaves_the_folder_free(model_folder, pairs_file, tmp_path, capsys):
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "chosen": "", "rejected": "b"}])
+    command = words(model_folder, bad, tmp_path / "run")
+    assert main(command) == 2
+    assert "row 0 (line 1), column 'chosen': the response is empty" in capsys.readouterr().err
+    assert main([*words(model_folder, pairs_file, tmp_path / "run"), "max_steps=1"]) == 0
+
+
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
     from tokenpo.training import last_checkpoint
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from tokenpo.commands.loading import load_model, trains_adapter
 
 
 @dataclass
 class TrainConfig:
     """Fine-tune a causal language model on preference pairs with a token-level loss."""
 
+    task: Literal["offline"] = "offline"
+    """offline: preference pairs. With `task: online` the settings are those of `tokenpo rl`."""
     model: str = "embedded"
     """Folder of a Hugging Face causal language model (safetensors), a hub name, or 'embedded': the tiny one inside."""
     train: str = "embedded"
@@ -40,6 +46,8 @@ class TrainConfig:
     """Rank of a LoRA adapter on all linear layers; left out: all weights are trained."""
     lora_options: dict[str, Any] = field(default_factory=dict)
     """More arguments of peft.LoraConfig: {lora_alpha: 32, target_modules: [q_proj, v_proj]}."""
+    quantize: Literal["nf4", "fp4"] | None = None
+    """QLoRA: the weights under the adapter in four bits, with double quantisation; products are computed in dtype."""
     dtype: str = "auto"
     """Weights in float32, bfloat16 or float16; auto: as stored, but float32 where all weights are trained."""
     learning_rate: float | None = None
@@ -78,7 +86,13 @@ class TrainConfig:
 
 def weights_dtype(config: TrainConfig) -> str:
     """That of the policy, so of its reference and teachers too: float32 where all weights train and none is set."""
-    return "float32" if config.dtype == "auto" and config.lora is None else config.dtype
+    return "float32" if config.dtype == "auto" and not trains_adapter(config) else config.dtype
+
+
+def loader(config: TrainConfig) -> Callable[[str], Any]:
+    """How a run loads a causal model by its name: as the policy, in four bits too where it is the policy's own."""
+    load = functools.partial(load_model, dtype=weights_dtype(config))
+    return lambda name: load(name, quantize=config.quantize if name == config.model else None)
 
 
 def preset(loss: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import resource
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenpo.commands.compare import write_json
-from tokenpo.commands.loading import DTYPES, load_tokenizer, model_folder, prepare_threads
+from tokenpo.commands.loading import load_tokenizer, model_folder, prepare_threads
+from tokenpo.commands.merging import merged
 from tokenpo.commands.reward_config import RewardConfig
-from tokenpo.commands.runs import open_run, say, training_arguments, versions
+from tokenpo.commands.runs import check_settings, open_run, say, training_arguments, versions
 from tokenpo.errors import InputError, TokenpoError
 from tokenpo.methods import nearest
 
@@ -34,21 +34,11 @@ def check(config: RewardConfig) -> Any:
 
     if config.reading.get("name") not in READINGS:
         name = config.reading.get("name")
-        raise InputError(f"unknown reading '{name}'{nearest(str(name), READINGS)}: it is one of {', '.join(READINGS)}")
+        raise InputError(f"unknown reading '{name}'{nearest(str(name), READINGS)}")
     if "normaliser" in config.reading:
         raise InputError("a normaliser is fitted, not given: take reading.normaliser away")
     reading = Reading.from_dict(config.reading)
-    for field in ("batch_size", "accumulate", "max_length", "log_every"):
-        if getattr(config, field) < 1:
-            raise InputError(f"{field} must be at least 1, got {getattr(config, field)}")
-    if config.epochs <= 0 and config.max_steps < 1:
-        raise InputError(f"epochs must be positive, got {config.epochs}: or give max_steps")
-    if config.learning_rate is not None and not config.learning_rate > 0:
-        raise InputError(f"learning_rate must be positive, got {config.learning_rate}")
-    if config.lora is not None and config.lora < 1:
-        raise InputError(f"lora is the adapter's rank: at least 1, got {config.lora}")
-    if config.dtype not in DTYPES:
-        raise InputError(f"dtype '{config.dtype}' is unknown: choose one of {', '.join(DTYPES)}")
+    check_settings(config, ["batch_size", "accumulate", "max_length", "log_every"])
     if config.edits not in UNITS:
         raise InputError(f"edits must be {' or '.join(UNITS)}, got '{config.edits}'")
     model_folder(config.model)
@@ -95,7 +85,7 @@ def fit(config: RewardConfig, run: Path, reading: Any) -> Path:
     evaluation = trainer.evaluate()
     if trainer.is_world_process_zero():
         network = trainer.accelerator.unwrap_model(trainer.model)
-        model.network = network if config.lora is None else _merged(network)
+        model.network = network if config.lora is None else merged(network)
         model.eval()
         if reading.name == "segments":
             model = fit_normaliser(model, train_rows, batch_size=config.batch_size).eval()
@@ -208,38 +198,6 @@ def _network(config: RewardConfig, model: Any) -> Any:
         return get_peft_model(model.network, LoraConfig(task_type=task, **options))
     except (TypeError, ValueError) as reason:
         raise InputError(f"lora_options: {reason}") from reason
-
-
-def _merged(network: Any) -> Any:
-    """The model with its adapter in its weights; quantised ones become whole, since merging would round them again."""
-    base = network.get_base_model()
-    if not getattr(base, "is_quantized", False):
-        return network.merge_and_unload()
-    import torch
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
-
-    increments = {
-        name.removesuffix(".base_layer"): module.get_delta_weight(network.active_adapter).float()
-        for name, module in base.named_modules()
-        if hasattr(module, "get_delta_weight") and network.active_adapter in module.lora_A
-    }
-    plain = network.unload()
-    for name, module in list(plain.named_modules()):
-        if not isinstance(module, Linear4bit):
-            continue
-        packed: Any = module.weight
-        weight = dequantize_4bit(packed.data, packed.quant_state).float()
-        whole = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None)
-        whole.weight.data = weight + increments[name] if name in increments else weight
-        if module.bias is not None:
-            whole.bias.data = module.bias.data.float()
-        plain.set_submodule(name, whole)
-    config = copy.deepcopy(plain.config)
-    del config.quantization_config
-    fresh = type(plain)(config).float()
-    fresh.load_state_dict(plain.state_dict())
-    return fresh
 
 
 def _with_rate(config: RewardConfig) -> Any:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 class RLConfig:
     """Train a causal language model on its own samples with token advantages, on TRL (pip install tokenpo[trl])."""
 
+    task: Literal["online"] = "online"
+    """What makes `tokenpo train` read a configuration as one of `tokenpo rl`."""
     model: str = "embedded"
     """Folder of a Hugging Face causal language model (safetensors), a hub name, or 'embedded': the tiny one inside."""
     prompts: str = "embedded"
@@ -24,6 +26,10 @@ class RLConfig:
     """Token rewards of a registered credit method that reads nothing but rollouts: {name: rto, dpo: FOLDER}."""
     critic: dict[str, Any] | None = None
     """For ppo_gae and vapo: {learning_rate: 1e-3, pretrain: 10}; an empty one takes the defaults."""
+    sampling: list[Any] = field(default_factory=list)
+    """More or other rollouts: [{name: spo_chain, rollouts: 4}], spo_tree, dynamic_sampling, hapo_temperature."""
+    stages: dict[str, Any] | None = None
+    """{name: lopti, eta: 0.4}: the two updates on a batch (updates=2) train improbable tokens, then the others."""
     correct_above: float | None = None
     """Rewards greater than this count as correct, for methods that ask."""
     reference: str = "auto"
@@ -46,6 +52,8 @@ class RLConfig:
     """Rank of a LoRA adapter on all linear layers; left out: all weights are trained."""
     lora_options: dict[str, Any] = field(default_factory=dict)
     """More arguments of peft.LoraConfig."""
+    quantize: Literal["nf4", "fp4"] | None = None
+    """QLoRA: the weights under the adapter in four bits, with double quantisation; products are computed in dtype."""
     dtype: str = "auto"
     """Weights in float32, bfloat16 or float16; auto: as stored, but float32 where all weights are trained."""
     learning_rate: float | None = None

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenpo import __version__, methods
 from tokenpo.commands.compare import write_json
+from tokenpo.commands.loading import DTYPES, check_adapter, remember_quantization, trains_adapter
 from tokenpo.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def open_run(config: TrainConfig | RewardConfig, loss: str) -> Path:
         run = wanted.with_name(f"{wanted.name}-{number}")
     ours = {k: v for k, v in dataclasses.asdict(config).items() if k not in UNCOMPARED}
     file = run / "config.json"
-    if file.exists():
+    if file.exists() and any(path.name != file.name for path in run.iterdir()):  # alone, it was stopped by a mistake
         before = json.loads(file.read_text())
         differing = sorted(k for k in ours if before.get(k) != ours[k])
         if differing:
@@ -44,11 +46,28 @@ def open_run(config: TrainConfig | RewardConfig, loss: str) -> Path:
         if not config.resume:
             raise InputError(f"{run} holds an unfinished run: give another output, remove it, or let resume be true")
     elif os.environ.get("RANK", "0") == "0":  # one process of several writes
-        if run.exists() and any(run.iterdir()):
+        if run.exists() and any(path.name != file.name for path in run.iterdir()):
             raise InputError(f"{run} is not empty and holds no run of tokenpo: choose another output")
         run.mkdir(parents=True, exist_ok=True)
         write_json(file, ours)
     return run
+
+
+def check_settings(config: Any, counts: Sequence[str]) -> None:
+    """What every kind of run checks of its configuration before anything loads; `counts` are fields from 1 up."""
+    for field in counts:
+        if getattr(config, field) < 1:
+            raise InputError(f"{field} must be at least 1, got {getattr(config, field)}")
+    if getattr(config, "epochs", 1) <= 0 and config.max_steps < 1:
+        raise InputError(f"epochs must be positive, got {config.epochs}: or give max_steps")
+    if config.learning_rate is not None and not config.learning_rate > 0:
+        raise InputError(f"learning_rate must be positive, got {config.learning_rate}")
+    if config.lora is not None and config.lora < 1:
+        raise InputError(f"lora is the adapter's rank: at least 1, got {config.lora}")
+    if config.dtype not in DTYPES:
+        raise InputError(f"dtype '{config.dtype}' is unknown: choose one of {', '.join(DTYPES)}")
+    if hasattr(config, "quantize"):
+        check_adapter(config)
 
 
 def save_model(trainer: Any, folder: Path) -> None:
@@ -64,6 +83,8 @@ def save_model(trainer: Any, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
     try:
         trainer.save_model(str(draft))
+        if writes:
+            remember_quantization(trainer.accelerator.unwrap_model(trainer.model), draft)
     except Exception as reason:
         shutil.rmtree(draft, ignore_errors=True)
         raise TokenpoError(
@@ -91,7 +112,7 @@ def training_arguments(config: TrainConfig | RewardConfig, run: Path, n_rows: in
     every = config.eval_every or max(1, math.ceil(steps / 10))
     ours = {
         "output_dir": str(run / "checkpoints"),
-        "learning_rate": config.learning_rate or (5e-7 if config.lora is None else 1e-4),
+        "learning_rate": config.learning_rate or (1e-4 if trains_adapter(config) else 5e-7),
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.accumulate,

@@ -13,12 +13,12 @@ from tokenpo import methods
 from tokenpo.commands import compare
 from tokenpo.commands.cache import bounds, cached_reference, check_cache
 from tokenpo.commands.compare import write_json
-from tokenpo.commands.config import TrainConfig, weights_dtype
+from tokenpo.commands.config import TrainConfig, loader
 from tokenpo.commands.credit import attach_credit, check_credit, described, live_credit, missing_models
 from tokenpo.commands.first import check_teachers, load_teachers, missing_teachers, phase
-from tokenpo.commands.loading import DTYPES, load_model, load_tokenizer, model_folder, prepare_threads
+from tokenpo.commands.loading import load_tokenizer, model_folder, prepare_threads
 from tokenpo.commands.rows import load_rows
-from tokenpo.commands.runs import open_run, save_model, say, training_arguments, versions
+from tokenpo.commands.runs import check_settings, open_run, save_model, say, training_arguments, versions
 from tokenpo.errors import InputError
 
 
@@ -46,19 +46,9 @@ def check(config: TrainConfig) -> methods.Method:
         raise InputError("the configuration's loss has no name: loss: {name: tdpo2}")
     loss = trainable(str(name))
     methods.configure(loss.name, **arguments)
-    for field in ("batch_size", "accumulate", "max_length", "log_every", "max_new_tokens", "control_tokens"):
-        if getattr(config, field) < 1:
-            raise InputError(f"{field} must be at least 1, got {getattr(config, field)}")
+    check_settings(config, ["batch_size", "accumulate", "max_length", "log_every", "max_new_tokens", "control_tokens"])
     if config.tokens_per_batch is not None and config.tokens_per_batch < 1:
         raise InputError(f"tokens_per_batch must be at least 1, got {config.tokens_per_batch}")
-    if config.epochs <= 0 and config.max_steps < 1:
-        raise InputError(f"epochs must be positive, got {config.epochs}: or give max_steps")
-    if config.learning_rate is not None and not config.learning_rate > 0:
-        raise InputError(f"learning_rate must be positive, got {config.learning_rate}")
-    if config.lora is not None and config.lora < 1:
-        raise InputError(f"lora is the adapter's rank: at least 1, got {config.lora}")
-    if config.dtype not in DTYPES:
-        raise InputError(f"dtype '{config.dtype}' is unknown: choose one of {', '.join(DTYPES)}")
     if config.lora is not None and loss.kind == "controlled_pairs":
         raise InputError(f"loss '{loss.name}' learns embeddings of new tokens, which an adapter lacks: leave lora out")
     check_credit(config, loss)
@@ -119,7 +109,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
         loss=loss.name,
         loss_args=arguments,
         reference=reference,
-        load_reference=lambda folder: load_model(folder, weights_dtype(config)),
+        load_reference=loader(config),
         credit=live_credit(config, loss, model, train_rows),
         teachers=teachers,
         callbacks=[ProgressLine(), clock],
@@ -169,13 +159,16 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
 
 def load_policy(config: TrainConfig) -> Any:
     """The model that trains; with `lora`, a fresh adapter on it."""
-    model = load_model(config.model, weights_dtype(config))
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = loader(config)(config.model)
     if config.lora is None:
+        if getattr(model, "is_quantized", False) and not isinstance(model, PeftModel):
+            raise InputError(f"the weights of {config.model} are quantised and cannot train: give lora, a rank")
         return model
-    from peft import LoraConfig, get_peft_model
 
     options = {"r": config.lora, "lora_alpha": 2 * config.lora, "target_modules": "all-linear", **config.lora_options}
     try:
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
-    except (TypeError, ValueError) as reason:
+    except (TypeError, ValueError, KeyError, AssertionError) as reason:
         raise InputError(f"lora_options: {reason}") from reason

@@ -29,6 +29,7 @@ from tokenpo.reference.key import Fingerprint, digest, fingerprint
 from tokenpo.reference.modes import Reference, Scored, disable_dropout, is_fresh, is_peft, make_reference, unwrap
 from tokenpo.reference.store import Store, sequence_key
 from tokenpo.statistics import LinearHead, StoredValues, TopTokens
+from tokenpo.statistics.four_bit import keep_trainable
 
 KEEPS = ("logps", "hidden", "topk")
 
@@ -121,6 +122,7 @@ def prepare(
     dropout is set to zero. Nothing is computed if the store belongs to something else.
     """
     disable_dropout(model)
+    keep_trainable(model)
     source = source_of(of, model, load)
     store = open_store(
         folder, source, model, tokenizer, keep=named_keep(keep, k), truncation=truncation, autocast=autocast

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenpo.errors import InputError
 from tokenpo.reference.modes import is_peft, unwrap
+from tokenpo.statistics.four_bit import four_bit_formats
 
 Fingerprint = dict[str, str]
 
@@ -55,7 +56,8 @@ def fingerprint(
     floats = sorted({str(p.dtype).removeprefix("torch.") for p in inner.parameters() if p.is_floating_point()})
     with_autocast = [] if autocast is None else [f"autocast {str(autocast).removeprefix('torch.')}"]
     found = {
-        "dtype": " ".join([*floats, *with_autocast]),  # first, since weights in another dtype have other bytes
+        # first, since weights in another dtype have other bytes
+        "dtype": " ".join([*floats, *four_bit_formats(inner), *with_autocast]),
         "model": digest_of_tensors(dict(base_tensors(inner))),
         "adapter": "none" if adapter is None else _adapter(inner, adapter),
         "config": _config(inner),

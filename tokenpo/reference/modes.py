@@ -15,6 +15,7 @@ All forwards run under `no_grad`, in the policy's own train/eval mode: dropout h
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -25,13 +26,14 @@ from torch import Tensor, nn
 
 from tokenpo.errors import InputError
 from tokenpo.statistics import LinearHead, PromptSharing, StoredValues, hidden_before_head, response_stats
+from tokenpo.statistics.four_bit import keep_trainable
 
 Scored = tuple[Tensor, LinearHead] | StoredValues
 """Hidden states, (B, L, d) or at the response positions (N, d), and a head; or values of the taken tokens."""
 MODES = ("auto", "none", "copy", "adapter-off", "adapter:<name>", "model:<folder>")
 COPIED = "reference"
 """Name of the adapter that `auto` makes as the frozen copy of a trained one."""
-CHANGED_BASE = ("pissa", "olora", "loftq", "corda")
+CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Ways to start an adapter that subtract it from the base weights: with the adapter off, the base is not the model."""
 
 
@@ -63,6 +65,12 @@ class Reference:
             return hidden, LinearHead.of(model)
 
 
+def check_mode(mode: str) -> None:
+    """Raise InputError for a name that is none of `MODES`."""
+    if mode not in MODES[:4] and not re.match("(adapter|model):.", mode):
+        raise InputError(f"unknown reference '{mode}': choose one of {', '.join(MODES)}")
+
+
 def make_reference(
     mode: str, model: nn.Module, *, needed: bool = True, load: Callable | None = None
 ) -> Reference | None:
@@ -71,6 +79,7 @@ def make_reference(
     `needed`: the loss reads the reference. `load`: folder -> model, for `model:<folder>`. Raises InputError for an
     unknown mode, for `none` where the loss needs one, and where the mode does not fit the model.
     """
+    check_mode(mode)
     if mode == "auto" and not needed:
         mode = "none"
     elif mode == "auto" and not is_peft(model):
@@ -89,9 +98,7 @@ def make_reference(
         if load is None:
             raise InputError(f"reference '{mode}' needs a function that loads the folder: pass load=")
         return _separate(mode, load(mode.removeprefix("model:")), equal_at_start=False)
-    if mode == "adapter-off" or mode.startswith("adapter:"):
-        return _adapter_reference(mode, model)
-    raise InputError(f"unknown reference '{mode}': choose one of {', '.join(MODES)}")
+    return _adapter_reference(mode, model)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -125,6 +132,7 @@ def start_difference(policy: nn.Module, reference: Reference, batch: Mapping[str
 def _separate(mode: str, model: nn.Module, equal_at_start: bool) -> Reference:
     model.requires_grad_(False)
     disable_dropout(model)
+    keep_trainable(model)  # not to learn, but so that it computes as the policy does
 
     @contextmanager
     def enter(policy: nn.Module) -> Iterator[nn.Module]:

@@ -1,4 +1,4 @@
-"""Weights in four bits (bitsandbytes' Linear4bit): what keeps them trainable under an adapter, and what they stand for."""
+"""Weights in four bits (bitsandbytes' Linear4bit): what keeps adapters on them trainable, and what they stand for."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def keep_trainable(model: nn.Module) -> None:
 
 
 def refuse_packed(model: nn.Module) -> None:
-    """Raise InputError if a 4-bit weight of `model` was packed for inference on the CPU, so that nothing would learn."""
+    """Raise InputError if a 4-bit weight of `model` was packed for inference on the CPU."""
     for name, layer in four_bit_layers(model):
         if _is_packed(layer):
             raise InputError(
-                f"bitsandbytes has packed the 4-bit weight of {name} for inference on the CPU, so no gradient passes it: "
-                "load the model again, and give it to the trainer before it is called in eval mode"
+                f"bitsandbytes has packed the 4-bit weight of {name} for inference on the CPU, so no gradient passes "
+                "it: load the model again, and give it to the trainer before it is called in eval mode"
             )
 
 
