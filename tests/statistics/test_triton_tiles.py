@@ -13,4 +13,4 @@ def test_kernels_equal_dense():
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
-    assert finished.stdout.split()[-2:] == ["checked", "15"]
+    assert finished.stdout.split()[-2:] == ["checked", "23"]

@@ -75,5 +75,29 @@ hidden, head, tokens, ref = make(dtype=FP32)
 ours = linear_token_stats(hidden, head, tokens, outputs=OUTPUTS, tile_bytes=BUDGET, skip_below=1e-30, **ref)
 assert_same(ours, dense(hidden, head, tokens, OUTPUTS, **ref), hidden, head, atol=1e-4)
 checked += 1
+tiles.BLOCK_ROWS = 2048
+served, before = ("logps", "top1", "ref_kl"), calls  # a frozen head: the expected rows, and no tile a second time
+for dtype, atol in ((FP32, 1e-4), (BF16, 0.2)):
+    for bias in (True, False):
+        hidden, head, tokens, ref = make(bias, dtype=dtype)
+        frozen = LinearHead(head.weight.detach(), head.bias.detach() if bias else None)
+        same = {"ref_hidden": hidden.detach() * 0.7, "ref_head": frozen}  # one product for both models
+        for reference in (ref, same):
+            ours = linear_token_stats(hidden, frozen, tokens, outputs=served, tile_bytes=BUDGET, **reference)
+            wide = hidden.detach().double().requires_grad_()
+            head_64, ref_64 = (
+                LinearHead(h.weight.double(), None if h.bias is None else h.bias.double(), h.scale, h.softcap)
+                for h in (frozen, reference["ref_head"])
+            )
+            exact = {"ref_hidden": reference["ref_hidden"].double(), "ref_head": ref_64}
+            theirs = dense(wide, head_64, tokens, served, **exact)
+            calls_forward = calls
+            for name in ("logps", "ref_kl"):
+                mine = torch.autograd.grad(ours[name].sum(), hidden, retain_graph=True)[0].double()
+                other = torch.autograd.grad(theirs[name].sum(), wide, retain_graph=True)[0]
+                assert (mine - other).abs().max() <= atol * other.abs().max(), (name, dtype, bias)
+            assert calls == calls_forward
+            checked += 1
+assert calls > before
 assert calls >= 14 * 4  # at least two tiles each, forwards and backwards: the kernels ran, not something else
 print("checked", checked)

@@ -53,8 +53,8 @@ def linear_token_stats(
     Args:
         hidden: (N, d). Gradient flows.
         head: V rows. Gradient flows to weight and bias if they require it. A frozen head (LoRA) costs no product for
-            itself; without Triton and without a soft-cap it saves another (`tokenpo.statistics.expected`), for two
-            sums (N, d) kept for the backward pass.
+            itself; without a soft-cap it saves another (`tokenpo.statistics.expected`), for two sums (N, d) kept for
+            the backward pass.
         tokens: (N,) integer ids in [0, V).
         outputs: any of "logps", "entropy", "ref_kl", "policy_kl", "ref_logps", "top1", "log_p2"; no product with
             the reference's head is made unless one of its three is asked for.
@@ -104,7 +104,7 @@ def linear_token_stats(
     if tile_bytes is None:
         tile_bytes = TILE_BYTES_CPU if hidden.device.type == "cpu" else TILE_BYTES
     plan = Plan.of(names, (hidden, head), reference, temperature, tile_bytes, skip_below)
-    if expected.pays(names, hidden, head, skip_below) and not _runs_triton(plan, hidden.device):
+    if expected.pays(names, hidden, head, skip_below):
         plan = plan._replace(expected=True)
     tensors = [hidden, head.weight, head.bias, None, None, None]
     if reference is not None:
@@ -170,14 +170,10 @@ def _present(names: Sequence[str], values: Sequence[Tensor | None]) -> dict[str,
     return {name: value for name, value in zip(names, values, strict=True) if value is not None}
 
 
-def _runs_triton(plan: Plan, device: torch.device) -> bool:
-    wanted = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return wanted and plan.dtype == torch.float32 and find_spec("triton") is not None
-
-
 def _tile_functions(plan: Plan, device: torch.device) -> tuple[Callable[..., None], Callable[..., Tensor]]:
     """What reads a tile forwards and backwards: plain torch, or Triton where it runs and sums are in float32."""
-    if not _runs_triton(plan, device):
+    runs_triton = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    if not runs_triton or plan.dtype != torch.float32 or find_spec("triton") is None:
         return fold, tile_gradient
     from tokenpo.statistics import triton_tiles
 

@@ -7,10 +7,14 @@ Products stay with torch. Imported only where it is used; TRITON_INTERPRET=1 run
 # mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found, untyped-decorator"
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenpo.statistics import expected
+from tokenpo.statistics.fold import STATE
 from tokenpo.statistics.gradient import RowWeights
 from tokenpo.statistics.tiles import Side, Sweep, Tile
 
@@ -129,15 +133,39 @@ def _gradient_kernel(
     tl.store(product + offsets, dz.to(product.dtype.element_ty), mask=offsets < columns)
 
 
-def fold(sweep: Sweep, tile: Tile, tokens: Tensor, state: Tensor) -> None:
+@triton.jit
+def _exp_kernel(product, bias, peaks, columns, gain, inner, BIAS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Some columns of one row: 2^(logit - peak), in bits, written over the product."""
+    row = tl.program_id(0).to(tl.int64)
+    product += row * columns
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    z = _load(product, bias, columns, offsets, inner, BIAS, CAP)
+    power = tl.exp2(gain * z - tl.load(peaks + row))
+    tl.store(product + offsets, power.to(product.dtype.element_ty), mask=offsets < columns)
+
+
+def fold(
+    sweep: Sweep, tile: Tile, tokens: Tensor, state: Tensor, rows_of_head: Mapping[str, Tensor] | None = None
+) -> None:
     """As `tokenpo.statistics.fold.fold`, for float32 sums."""
     outputs, block = sweep.plan.outputs, state[:, tile.rows]
     product, operands, flags = _operands(sweep, tile)
+    peaks = {name: block[STATE.index(f"peak_{name}")] for name in rows_of_head or ()}
+    before = {name: peak.clone() for name, peak in peaks.items()}
     _fold_kernel[(block.shape[1],)](
         *operands[:4], tokens[tile.rows], block, block.stride(0), tile.start, product.shape[1], *operands[4:],
         **flags, REF_KL="ref_kl" in outputs, POLICY_KL="policy_kl" in outputs, ENTROPY="entropy" in outputs,
         LOG_P2="log_p2" in outputs, BLOCK=BLOCK,
     )  # fmt: skip
+    for name, total in (rows_of_head or {}).items():  # nobody reads the products any more
+        place, prefix = (0, "") if name == "p" else (2, "REF_")
+        powers, (rows, columns) = operands[place], product.shape
+        assert isinstance(powers, Tensor)
+        _exp_kernel[(rows, triton.cdiv(columns, BLOCK))](
+            *operands[place : place + 2], peaks[name], columns, *operands[4 + place : 6 + place],
+            BIAS=flags[prefix + "BIAS"], CAP=flags[prefix + "CAP"], BLOCK=BLOCK,
+        )  # fmt: skip
+        expected.add(total, tile, powers, (before[name] - peaks[name]).exp2(), spare=powers)
 
 
 def tile_gradient(sweep: Sweep, tile: Tile, tokens: Tensor, weights: RowWeights) -> Tensor:
