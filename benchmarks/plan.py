@@ -206,7 +206,8 @@ def trained(case: Case, model: str, output: str, *, tiny: bool, steps: int = 2) 
     arguments = training_arguments(config, Path(output), n_rows=len(rows))
     reference: Any = config.reference
     if reference == "cache":
-        reference = cached_reference(config, methods.get(config.loss["name"]), policy, tokenizer, {"train": rows}, arguments)
+        loss = methods.get(config.loss["name"])
+        reference = cached_reference(config, loss, policy, tokenizer, {"train": rows}, arguments)
     trainer = PreferenceTrainer(
         policy, arguments, train_dataset=rows, tokenizer=tokenizer, loss=config.loss["name"],
         loss_args={k: v for k, v in config.loss.items() if k != "name"}, reference=reference,

@@ -69,12 +69,11 @@ def test_without_its_parts_it_is_dapo():
     logps = -torch.rand(1, 6, generator=g, dtype=torch.float64)
     stats = TokenStats(mask=MASK, logps=logps, old_logps=logps + 0.4 * torch.randn(1, 6, generator=g), entropy=E)
     advantages = torch.randn(1, 6, generator=g, dtype=torch.float64)
-    for loss, high in ((hapo_loss, 0.28), (hapo_released_loss, 0.2)):
-        assert (
-            loss(stats, advantages, clip_alpha=0.0, adv_beta=0.0).loss
-            == dapo_loss(stats, advantages, clip_high=high).loss
-        )
-        assert loss(stats, advantages).loss != dapo_loss(stats, advantages, clip_high=high).loss
+    signals = entropy_signal(E, MASK), released_entropy_signal(E, MASK)
+    for loss, high, signal in zip((hapo_loss, hapo_released_loss), (0.28, 0.2), signals, strict=True):
+        plain = dapo_loss(stats, advantages, clip_high=high).loss
+        assert loss(stats, advantages, signal, clip_alpha=0.0, adv_beta=0.0).loss == plain
+        assert loss(stats, advantages, signal).loss != plain
 
 
 REWARDS = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)

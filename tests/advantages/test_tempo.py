@@ -98,6 +98,17 @@ def test_children_of_a_node_balance():
         assert td[group == g].sum(0).abs().max() < 1e-12
 
 
+def test_blocks_of_groups_do_not_show(monkeypatch):
+    """One group at a time, three, all: the values are those of all rows together, to the bit."""
+    args = drawn(rows=40, groups=7)
+    whole = prefix_differences(*args)
+    for cells in (1, 60, 200):
+        monkeypatch.setattr("tokenpo.advantages.tempo.BLOCK", cells)
+        assert torch.equal(prefix_differences(*args), whole)
+    steps = torch.where(args[2], prefix_values(*args).diff(dim=-1), 0.0)
+    torch.testing.assert_close(whole, steps, rtol=1e-12, atol=1e-13)
+
+
 def test_tokens_of_a_tool_are_not_part_of_the_prefix():
     rewards, group, mask, ids = drawn()
     wide = torch.zeros(24, 13, dtype=torch.long).random_(generator=GENERATOR)

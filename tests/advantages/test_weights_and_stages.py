@@ -36,7 +36,8 @@ def test_disagreement_by_hand():
 
 
 def test_tw_weights():
-    w = tw_grpo_weights(LOGITS, GROUP, MASK, alpha=1.5)
+    apart = disagreement(LOGITS, GROUP, MASK)
+    w = tw_grpo_weights(apart, GROUP, MASK, alpha=1.5)
     for g in (0, 1):
         rows = [i for i in range(5) if GROUP[i] == g]
         at = [w[i][MASK[i]] for i in rows]
@@ -44,21 +45,23 @@ def test_tw_weights():
             values = {w[i, t].item() for i in rows if MASK[i, t]}
             assert len(values) <= 1, "rows of a group share a position's weight"
         assert torch.cat(at).max().item() == pytest.approx(1.5, abs=1e-6) and torch.cat(at).min() >= 1
-    assert torch.equal(tw_grpo_weights(LOGITS, GROUP, MASK, alpha=1.0), MASK.double())
-    same = LOGITS[:1].expand(5, -1, -1)
-    assert torch.equal(tw_grpo_weights(same, GROUP, torch.ones_like(MASK)), torch.ones(5, 6, dtype=torch.float64))
+    assert torch.equal(tw_grpo_weights(apart, GROUP, MASK, alpha=1.0), MASK.double())
+    all_of_them = torch.ones_like(MASK)
+    same = disagreement(LOGITS[:1].expand(5, -1, -1), GROUP, all_of_them)
+    assert torch.equal(tw_grpo_weights(same, GROUP, all_of_them), torch.ones(5, 6, dtype=torch.float64))
     advantages = torch.randn(5, 6, dtype=torch.float64)
-    assert torch.equal(tw_grpo_advantages(advantages, MASK, GROUP, LOGITS, alpha=1.5), w * advantages * MASK)
+    assert torch.equal(tw_grpo_advantages(advantages, MASK, GROUP, apart, alpha=1.5), w * advantages * MASK)
 
 
 def test_only_the_released_weights_carry_gradient():
     logits = LOGITS.clone().requires_grad_()
-    assert not tw_grpo_weights(logits, GROUP, MASK).requires_grad
-    released = tw_grpo_released_weights(logits, GROUP, MASK)
+    apart = disagreement(logits, GROUP, MASK)
+    assert not tw_grpo_weights(apart, GROUP, MASK).requires_grad
+    released = tw_grpo_released_weights(apart, GROUP, MASK)
     grad = torch.autograd.grad(released.square().sum(), logits)[0]
     assert grad.any() and not grad[~MASK].any()
     with pytest.raises(InputError, match="logits have shape"):
-        tw_grpo_weights(LOGITS[:, 1:], GROUP, MASK)
+        disagreement(LOGITS[:, 1:], GROUP, MASK)
 
 
 def test_sets_of_options():

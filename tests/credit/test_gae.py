@@ -5,6 +5,7 @@ import torch
 
 from tokenpo import masked
 from tokenpo.credit import gae, last_token_rewards, reward_to_go, total_return, uniform_rewards
+from tokenpo.credit.layout import decayed_sums
 from tokenpo.errors import InputError
 
 G = torch.Generator().manual_seed(3)
@@ -86,3 +87,21 @@ def test_nothing_carries_gradient_and_shapes_are_checked():
     assert gae(torch.zeros(2, 0), torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.bool))[0].shape == (2, 0)
     with pytest.raises(InputError, match=r"values has shape \(6, 12\) but must have \(6, 11\)"):
         gae(REWARDS, torch.zeros(6, 12), MASK)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.99, 1.0])
+def test_long_rows_equal_the_recursion(decay):
+    """4096 tokens, column by column; small decays are raised to powers that underflow."""
+    x = torch.randn(3, 4096, generator=G, dtype=torch.float64)
+    expected, after = torch.empty_like(x), torch.zeros(3, dtype=torch.float64)
+    for t in reversed(range(4096)):
+        expected[:, t] = after = x[:, t] + decay * after
+    torch.testing.assert_close(decayed_sums(x, decay), expected, rtol=1e-12, atol=1e-12)
+    rows = torch.tensor([decay, 0.5, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(decayed_sums(x, rows)[0], expected[0], rtol=1e-12, atol=1e-12)
+    assert torch.equal(decayed_sums(x, rows)[1:2], decayed_sums(x[1:2], 0.5))
+
+
+def test_blocks_of_rows_do_not_show():
+    x = torch.randn(9, 2**16, generator=G)
+    assert torch.equal(decayed_sums(x, 0.9), torch.cat([decayed_sums(row[None], 0.9) for row in x]))

@@ -112,7 +112,8 @@ def test_a_verifier_that_is_not_installed_is_named(scorer, package, name, monkey
 
 def test_verifiers_are_called_as_their_packages_say(monkeypatch):
     """Stand-ins with the packages' signatures: math-verify compares (gold, answer), in this order."""
-    math = types.SimpleNamespace(parse=lambda text: ("parsed", text), verify=lambda gold, answer: gold[1] in answer[1])
+    verify = lambda gold, answer: gold[1].strip("$") in answer[1]
+    math = types.SimpleNamespace(parse=lambda text: ("parsed", text), verify=verify)
     monkeypatch.setitem(sys.modules, "math_verify", math)
     rows = [{"prompt": "p", "response": "it is 2", "answer": 2}, {"prompt": "p", "response": "it is 3", "answer": 2}]
     assert [s.score for s in math_verify_scores(rows)] == [1.0, 0.0]
@@ -126,6 +127,31 @@ def test_verifiers_are_called_as_their_packages_say(monkeypatch):
         {"prompt": "p", "response": "8", "entry": json.dumps(entry)},
     ]
     assert [s.score for s in reasoning_gym_scores(rows)] == [1.0, 0.0]
+
+
+def test_garbage_that_a_scorer_chokes_on_is_worth_nothing(monkeypatch):
+    """An entry that it chokes on is named."""
+    number = lambda source: lambda answer, entry: float(int(answer) == entry["number"])
+    monkeypatch.setitem(sys.modules, "reasoning_gym", types.SimpleNamespace(get_score_answer_fn=number))
+    entry = {"metadata": {"source_dataset": "sums"}, "number": 7, "answer": "7"}
+    rows = [{"prompt": "p", "response": response, "entry": entry} for response in ("7", "seven", "")]
+    assert [s.score for s in reasoning_gym_scores(rows)] == [1.0, 0.0, 0.0]
+    del entry["number"]
+    with pytest.raises(InputError, match="row 0, column 'entry': the scorer of sums fails: KeyError"):
+        reasoning_gym_scores(rows)
+
+
+@pytest.mark.parametrize(
+    ("answer", "bare"),
+    [("18", True), (r"2\sqrt{2}", True), ("(1,2)", True), ("x^2 + 1", True), ("$18$", False), (r"\boxed{1}", False),
+     ("#### 18", False), ("the answer is 18", False)],
+)  # fmt: skip
+def test_answers_that_are_formulas_are_marked_as_such(answer, bare, monkeypatch):
+    seen = []
+    math = types.SimpleNamespace(parse=lambda text: seen.append(text) or [text], verify=lambda gold, answer: True)
+    monkeypatch.setitem(sys.modules, "math_verify", math)
+    math_verify_scores([{"prompt": "p", "response": "r", "answer": answer}])
+    assert seen == [f"${answer}$" if bare else answer, "r"]
 
 
 @pytest.mark.parametrize(

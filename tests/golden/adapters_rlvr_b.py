@@ -19,6 +19,7 @@ from tokenpo.advantages import (
     d3s_group_rows,
     d3s_rows,
     d3s_tokens,
+    disagreement,
     dynamic_sampling,
     exact_set_rewards,
     grpo_advantages,
@@ -191,15 +192,19 @@ def hapo_objective(case: Case) -> None:
     hyper: dict[str, Any] = {**pivot, **clips, "dual_clip": config["clip_ratio_c"]}
     hyper["clip_alpha"] = config.get("clip_alpha", float(config.get("adaptive_clip", True)))
     hyper["adv_beta"] = config.get("adv_beta", float(config.get("adaptive_advantage", True)))
+    hyper.pop("entropy_pivot")
     signed = config.get("h_sign") == "signed" or ("out_h_hat" not in case and config["clip_ratio_c"] is None)
-    check_loss(case, partial(hapo_loss if signed else hapo_released_loss, **hyper), advantages)
+    loss, signal_of = (hapo_loss, entropy_signal) if signed else (hapo_released_loss, released_entropy_signal)
+    signal = signal_of(case["entropy"], mask, **pivot)
+    check_loss(case, partial(loss, entropy_signal=signal, **hyper), advantages)
     if "signed" in config:
         own = {**config["signed"], "dual_clip": config["signed"]["clip_ratio_c"]}
         own.pop("clip_ratio_c")
+        own_pivot = {"entropy_pivot": own.pop("entropy_pivot", pivot["entropy_pivot"])}
+        own["entropy_signal"] = entropy_signal(case["entropy"], mask, **own_pivot)
         check_loss(case, partial(hapo_loss, **{**hyper, **own}), advantages, "_signed")
     if "out_h_hat" not in case:
         return
-    signal = (entropy_signal if signed else released_entropy_signal)(case["entropy"], mask, **pivot)
     low, high = hapo_clip_range(signal, **clips, clip_alpha=hyper["clip_alpha"])
     ratio = (case["logps"] - case["old_logps"]).exp()
     moved = hapo_redistribute(advantages, signal, ratio, low, high, adv_beta=hyper["adv_beta"])
@@ -230,7 +235,7 @@ def hapo_temperatures(case: Case) -> None:
 def thr(case: Case) -> None:
     config, mask, rewards, group = case.config, case.mask, case["rewards"], case["group"]
     rows = rewards, group, mask
-    inputs = case["hidden"], prediction_errors(case["old_logits"], case["tokens"])
+    inputs = case["hidden"], *prediction_errors(case["old_logits"], case["tokens"])
     if config["length_normalised"]:
         scores, beta = thr_scores(*rows, *inputs), config.get("beta_tau", 1.0)
         ours = thr_advantages(case["advantages"], mask, rewards, group, *inputs, p=config["p"], beta=beta)
@@ -255,8 +260,9 @@ def tw_grpo(case: Case) -> None:
     assert config.get("clamp", 11.0) == 11.0
     base = grpo_advantages(case["rewards"], group, mask, eps=config["adv_eps"])
     same(base, torch.where(mask, case["advantages"][:, None], 0.0))
-    case.check("out_token_weights", tw_grpo_weights(case["logits"], group, mask, alpha=alpha))
-    shaped = tw_grpo_advantages(base, mask, group, case["logits"], alpha=alpha)
+    apart = disagreement(case["logits"], group, mask)
+    case.check("out_token_weights", tw_grpo_weights(apart, group, mask, alpha=alpha))
+    shaped = tw_grpo_advantages(base, mask, group, apart, alpha=alpha)
     same(shaped, base * case["out_token_weights"])
     ref_logits = case.tensors.get("ref_logits")
     # Its KL is cut at +-11 nats; the plain estimate is the same within.
@@ -272,7 +278,7 @@ def tw_grpo(case: Case) -> None:
         stats = dense_token_stats(logits, tokens, mask, ref_logits=ref_logits)
         stats = TokenStats(
             mask=mask, logps=stats.logps, old_logps=stats.logps.detach(), ref_logps=stats.ref_logps,
-            token_weights=weigh(logits, group, mask, alpha=alpha),
+            token_weights=weigh(disagreement(logits, group, mask), group, mask, alpha=alpha),
         )  # fmt: skip
         out = loss(stats, base)
         case.check("out_loss", out.loss)

@@ -96,6 +96,7 @@ LISTS = {
                                {"name": "d3s_tokens", "fraction": 0.5}],
                 "objective": {"name": "gspo", "aggregation": "row_mean_of_means"}},
     "critic": {"advantages": ["ppo_gae", "ha_dw"], "critic": {"learning_rate": 1e-2}},
+    "vocabulary": {"advantages": ["grpo", "tw_grpo", "thr"], "objective": "hapo"},
 }  # fmt: skip
 
 

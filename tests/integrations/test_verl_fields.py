@@ -92,7 +92,7 @@ def test_every_method_is_listed_once_with_its_reason():
     assert rows["tokenpo_grpo"] == "registered"
     assert rows["tokenpo_vapo"] == "registered, needs trainer.v1.trainer_mode=tokenpo critic.enable=True"
     assert rows["tokenpo_spo_tree"] == "not registered: verl computes no parent"
-    assert rows["tokenpo_hapo"] == "not registered: verl hands no entropy to a loss"
+    assert rows["tokenpo_hapo"] == "not registered: verl hands no entropy_signal to a loss"
     assert {n for n, how in rows.items() if n.startswith("tokenpo_") and how.startswith("registered")} == {
         *names("estimator"),
         *names("policy_gradient"),

@@ -235,6 +235,16 @@ def test_objectives_by_name():
     assert objective.function(stats, advantages).loss == by_hand.loss
     with pytest.raises(InputError, match="'hapo' needs 'entropy', which is not available"):
         compose_objective("hapo", available=["old_logps"])
+    own = {"name": "hapo", "entropy_pivot": 0.5, "clip_alpha": 0.5}
+    hapo = compose_objective(own, available=["old_logps", "entropy"])
+    assert (hapo.needs, hapo.reads) == (("old_logps", "entropy_signal"), ("old_logps", "entropy"))
+    entropy = torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0]])
+    signal = hapo.made["entropy_signal"]({"entropy": entropy, "mask": torch.ones(1, 5).bool()})
+    assert signal[0].tolist() == pytest.approx([-1, -0.5, 0, 0.5, 1])
+    given = compose_objective("hapo", available=["old_logps", "entropy_signal"])
+    assert given.made == {} and given.reads == given.needs
+    with pytest.raises(InputError, match="hapo has no hyperparameter 'entropy_pivo'"):
+        compose_objective({"name": "hapo", "entropy_pivo": 0.5})
     with pytest.raises(InputError, match="'ppo_clip' needs 'ref_logps', which is not available: configure a reference"):
         compose_objective({"name": "ppo_clip", "kl_coef": 0.1}, available=["old_logps"])
     with pytest.raises(InputError, match="did you mean 'ppo_clip'"):

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from tokenpo import masked, methods
 from tokenpo.advantages.aapo import AAPO
+from tokenpo.advantages.copo import answer_entropy, copo_global_advantages, soft_blend
 from tokenpo.advantages.d3s import AtLeastOne, D3SSchedule
 from tokenpo.advantages.groups import Singleton
 from tokenpo.advantages.ha_dw import HADW, HardAnchor, SoftAnchor
 from tokenpo.errors import InputError, MissingInputError
+from tokenpo.losses.hapo import entropy_signal, released_entropy_signal
 from tokenpo.losses.policy_gradient import objective_needs
 from tokenpo.methods import Finite, NonNegative, Positive
 
@@ -39,6 +41,8 @@ REMEDIES = {
     "policy_kl": "configure a reference and ask the statistics for policy_kl",
     "token_rewards": "configure a credit source",
     "correct": "say which rewards count as correct",
+    "prefix_values": "put spo_chain into the list of sampling",
+    "parent": "put spo_tree into the list of sampling",
 }
 
 Config = Sequence[str | Mapping[str, Any]]
@@ -168,23 +172,59 @@ def compose(config: Config, *, available: Collection[str] | None = None) -> Comp
     return composition
 
 
+def copo_local_weight(
+    rewards: Tensor, group: Tensor, mask: Tensor, answer_ids: Tensor, *, sharpness: NonNegative = 20.0,
+    midpoint: Finite = 1.5,
+) -> Tensor:  # fmt: skip
+    """(B,) COPO's weight of the local loss: `soft_blend` of the entropy of the group's answers."""
+    return soft_blend(answer_entropy(rewards, group, mask, answer_ids), sharpness=sharpness, midpoint=midpoint)
+
+
+OF_BATCHES: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "copo_blend": {"global_advantages": copo_global_advantages, "local_weight": copo_local_weight},
+    "hapo": {"entropy_signal": entropy_signal},
+    "hapo_released": {"entropy_signal": released_entropy_signal},
+}
+"""Objectives that read what is made of a whole batch before it is split -> what makes it."""
+
+
 class Objective(NamedTuple):
-    """`function(stats, advantages, ...)` with its hyperparameters fixed; `needs`: TokenStats fields and arguments."""
+    """`function(stats, advantages, ...)` with its hyperparameters fixed; `needs`: TokenStats fields and arguments.
+
+    `made`: those arguments that parts make of the inputs of a whole batch, such as `entropy` and `group`.
+    """
 
     name: str
     function: Callable[..., Any]
     needs: tuple[str, ...]
+    made: dict[str, Part]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """`needs`, what is made replaced by what it is made of."""
+        parts = [part for name, part in self.made.items() if name in self.needs]
+        given = [n for n in self.needs if n not in self.made]
+        return tuple(dict.fromkeys([*given, *(n for part in parts for n in part.required if n not in BASE)]))
 
 
 def compose_objective(config: str | Mapping[str, Any], *, available: Collection[str] | None = None) -> Objective:
-    """A policy-gradient objective by name, `{name: ppo_clip, clip_high: 0.28}`, checked as the list of `compose` is."""
+    """A policy-gradient objective by name, `{name: ppo_clip, clip_high: 0.28}`, checked as the list of `compose` is.
+
+    Hyperparameters of what is made of a batch, as `entropy_pivot` of `{name: hapo, entropy_pivot: 0.7}`, stand beside
+    its own. What is `available` already is not made.
+    """
     name, hyperparameters = _entry(config)
+    made: dict[str, Part] = {}
+    for column, maker in OF_BATCHES.get(name, {}).items():
+        if column not in (available or ()):
+            own = {k: hyperparameters.pop(k) for k in methods.keyword_only(maker) if k in hyperparameters}
+            made[column] = Part(name, "column", methods.bind(name, maker, own), *_inputs(maker))
     method = methods.get(name, "policy_gradient")
     function = methods.configure(name, "policy_gradient", **hyperparameters)
     extra = objective_needs({**method.defaults, **hyperparameters})
-    needs = tuple(dict.fromkeys((*method.needs, *extra)))
-    _check_available(name, needs, available)
-    return Objective(name, function, needs)
+    objective = Objective(name, function, tuple(dict.fromkeys((*method.needs, *extra))), made)
+    _check_available(name, objective.reads, available)
+    return objective
 
 
 def _entry(entry: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

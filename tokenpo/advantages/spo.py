@@ -141,8 +141,12 @@ def spo_tree_scaled_advantages(
     return torch.where(std > 0, plain / torch.where(std > 0, std, 1.0), 0.0)
 
 
+@method("spo_tree_kept", kind="filter", title=TITLE, paper=PAPER, needs=("parent",), golden=("spo_tree",))
 def spo_tree_kept(rewards: Tensor, parent: Tensor) -> Tensor:
-    """(N,) bool: segments that moved the value, A + B != 0 with B the step of 1 - (1 - V)^4. Roots do not."""
+    """(N,) bool: segments that moved the value, A + B != 0 with B the step of 1 - (1 - V)^4. Roots do not.
+
+    The authors train these only. `rewards`, `parent` as in `spo_tree_advantages`.
+    """
     value, valued = _tree(parent, rewards)
     root = parent < 0
     above = value[parent.clamp(min=0)]

@@ -38,45 +38,54 @@ def disagreement(logits: Tensor, group: Tensor, mask: Tensor) -> Tensor:
 
 
 def tw_grpo_released_weights(
-    logits: Tensor, group: Tensor, mask: Tensor, *, alpha: Positive = 1.7, eps: NonNegative = 1e-8
+    disagreement: Tensor, group: Tensor, mask: Tensor, *, alpha: Positive = 1.7, eps: NonNegative = 1e-8
 ) -> Tensor:
-    """`tw_grpo_weights` as released: gradient flows through the weights into `logits`."""
-    scores = disagreement(logits, group, mask)
-    if scores.numel() == 0:
-        return masked.select(scores, mask)
-    least, most = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
-    return masked.select(1 + (alpha - 1) * over(scores - least, most - least + eps), mask)
+    """`tw_grpo_weights` as released: gradient flows through the weights into `disagreement`."""
+    expect_shape("disagreement", disagreement, mask.shape, "one a token of mask")
+    expect_shape("group", group, mask.shape[:1], "one prompt id a row of mask")
+    given = masked.select(disagreement, mask)
+    if given.numel() == 0:
+        return given
+    names, ids = torch.unique(group, return_inverse=True)
+    # At least 0, which is also what a position counts that no row of the group reaches.
+    nothing = given.new_zeros(len(names), mask.shape[1])
+    found = nothing.scatter_reduce(0, ids.unsqueeze(-1).expand_as(mask), given, "amax")
+    least, most = found.amin(-1, keepdim=True), found.amax(-1, keepdim=True)
+    return masked.select((1 + (alpha - 1) * over(found - least, most - least + eps))[ids], mask)
 
 
 def tw_grpo_weights(
-    logits: Tensor, group: Tensor, mask: Tensor, *, alpha: Positive = 1.7, eps: NonNegative = 1e-8
+    disagreement: Tensor, group: Tensor, mask: Tensor, *, alpha: Positive = 1.7, eps: NonNegative = 1e-8
 ) -> Tensor:
     """(B, T) weights from 1 to alpha, the same for all rows of a group at a position; zero off the mask, detached.
 
         w = 1 + (alpha - 1) * (D - min D) / (max D - min D + eps)
 
-    min and max over all positions of the group, those included that none of its rows reaches (D = 0): a column of
-    padding can lower the minimum. Positions are compared by column, so responses must all begin in the first one.
-    `logits` (B, T, V). As `TokenStats.token_weights` they multiply a token's whole loss, as in the paper; the shaper
-    `tw_grpo` multiplies advantages. alpha = 1, equal distributions, or groups of one: weights of 1.
+    `disagreement` (B, T): D of the function of that name, read where a row has a token. min and max over all positions
+    of the group, those included that none of its rows reaches (D = 0): a column of padding can lower the minimum.
+    Positions are compared by column, so responses must all begin in the first one. As `TokenStats.token_weights` they
+    multiply a token's whole loss, as in the paper; the shaper `tw_grpo` multiplies advantages. alpha = 1, equal
+    distributions, or groups of one: weights of 1.
     """
-    return tw_grpo_released_weights(logits.detach(), group, mask, alpha=alpha, eps=eps)
+    return tw_grpo_released_weights(disagreement.detach(), group, mask, alpha=alpha, eps=eps)
 
 
 @method(
     "tw_grpo", kind="shaper", title="Reinforcing Video Reasoning with Focused Thinking",
-    paper="https://arxiv.org/abs/2505.24718", needs=("logits",), golden=("tw_grpo",),
+    paper="https://arxiv.org/abs/2505.24718", needs=("disagreement",), golden=("tw_grpo",),
 )  # fmt: skip
 def tw_grpo_advantages(
-    advantages: Tensor, mask: Tensor, group: Tensor, logits: Tensor, *, alpha: Positive = 1.7,
+    advantages: Tensor, mask: Tensor, group: Tensor, disagreement: Tensor, *, alpha: Positive = 1.7,
     eps: NonNegative = 1e-8,
 ) -> Tensor:  # fmt: skip
     """Advantages times `tw_grpo_weights`: more where the group's predictions differ.
 
-    Where the loss has a KL term the published weights multiply that too: then give `tw_grpo_weights` to the objective
-    as `token_weights` instead. Returns (B, T), zero off the mask, detached.
+    `disagreement` (B, T) of the policy at rollout time, which whoever computes the statistics makes position by
+    position. Where the loss has a KL term the published weights multiply that too: then give `tw_grpo_weights` to the
+    objective as `token_weights` instead. Returns (B, T), zero off the mask, detached.
     """
-    return masked.select(advantages.detach(), mask) * tw_grpo_weights(logits, group, mask, alpha=alpha, eps=eps)
+    weights = tw_grpo_weights(disagreement, group, mask, alpha=alpha, eps=eps)
+    return masked.select(advantages.detach(), mask) * weights
 
 
 def soft_set_rewards(predicted: Tensor, gold: Tensor) -> Tensor:

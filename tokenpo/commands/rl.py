@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenpo.commands.config import weights_dtype
-from tokenpo.commands.loading import DTYPES, first_line, load_model, load_tokenizer, model_folder, prepare_threads
+from tokenpo.commands.config import loader
+from tokenpo.commands.loading import first_line, load_tokenizer, model_folder, prepare_threads, trains_adapter
 from tokenpo.commands.rl_compare import at_start, measure, score_with, show
 from tokenpo.commands.rl_config import RLConfig
 from tokenpo.errors import InputError
@@ -32,26 +32,33 @@ def rl(config: RLConfig) -> Path:
 def check(config: RLConfig) -> Callable[..., Any] | str:
     """The reward function, after every setting that needs no model was looked at."""
     from tokenpo.advantages import compose, compose_objective
+    from tokenpo.commands.runs import check_settings
+    from tokenpo.reference import check_mode
 
-    for name in ("group_size", "batch_size", "accumulate", "updates", "max_new_tokens", "max_steps", "log_every"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
+    check_settings(
+        config,
+        ["group_size", "batch_size", "accumulate", "updates", "max_new_tokens", "max_steps", "log_every"],
+    )
     rows = config.batch_size * config.accumulate
     if config.group_size < 2 or rows % config.group_size:
         raise InputError(
             f"group_size {config.group_size} must be at least 2 and divide the {rows} responses of an update "
             f"(batch_size {config.batch_size} x accumulate {config.accumulate}), or a group would be incomplete"
         )
-    if config.dtype not in DTYPES:
-        raise InputError(f"dtype '{config.dtype}' is unknown: choose one of {', '.join(DTYPES)}")
     if not config.temperature > 0:
         raise InputError(f"temperature must be positive, got {config.temperature}")
-    available = _engine().available({}, config.credit is not None, config.critic is not None,
+    sampling = importlib.import_module("tokenpo.integrations.sampling")
+    more = sampling.make_sampling(config.sampling)
+    available = _engine().available(more.gives, config.credit is not None, config.critic is not None,
                                     config.correct_above is not None, config.reference)  # fmt: skip
     compose(config.advantages, available=available)
     compose_objective(config.objective, available=available)
+    check_mode(config.reference)
     model_folder(config.model)
-    arguments(config, Path("unused"))
+    given = arguments(config, Path("unused"))
+    sampling.check_sampling(more, given, None)
+    if config.stages is not None:
+        _engine().check_stages(config.stages, given)
     return reward_function(config.reward)
 
 
@@ -97,7 +104,7 @@ def arguments(config: RLConfig, run: Path) -> Any:
     for key in config.trainer:
         if key not in known:
             raise InputError(f"trainer has no setting '{key}'{nearest(key, known)}")
-    usual = 1e-6 if config.lora is None else 1e-5
+    usual = 1e-5 if trains_adapter(config) else 1e-6
     ours = {
         "output_dir": str(run / "checkpoints"), "learning_rate": config.learning_rate or usual,
         "per_device_train_batch_size": config.batch_size, "per_device_eval_batch_size": config.batch_size,
@@ -173,8 +180,8 @@ def fit(config: RLConfig, run: Path, reward: Callable[..., Any] | str) -> Path:
     trainer = TokenGRPOTrainer(
         model, score_with(reward, tokenizer) if isinstance(reward, str) else reward, arguments(config, run),
         train_dataset=rows, processing_class=tokenizer, advantages=config.advantages, objective=config.objective,
-        critic=config.critic, correct_above=config.correct_above, reference=config.reference,
-        load_reference=lambda folder: load_model(folder, weights_dtype(config)),  # type: ignore[arg-type]
+        critic=config.critic, sampling=config.sampling, stages=config.stages, correct_above=config.correct_above,
+        reference=config.reference, load_reference=loader(config),  # type: ignore[arg-type]
         share_prompts=config.share_prompts,
         run_folder=run, keep_rollouts=config.keep_rollouts, callbacks=[ProgressLine(), clock], **credit(config),
     )  # fmt: skip
@@ -212,6 +219,8 @@ def fit(config: RLConfig, run: Path, reward: Callable[..., Any] | str) -> Path:
 
 def credit(config: RLConfig) -> dict[str, Any]:
     """The trainer's credit and what it reads: `dpo`, the folder of a DPO model, gives `dpo_logps`."""
+    import torch
+
     from tokenpo.integrations.rollouts import logps_under
 
     if config.credit is None:
@@ -220,5 +229,6 @@ def credit(config: RLConfig) -> dict[str, Any]:
     folder = given.pop("dpo", None)
     if folder is None:
         return {"credit": given}
-    judge = load_model(str(folder), weights_dtype(config)).requires_grad_(False)  # type: ignore[arg-type]
+    judge = loader(config)(str(folder)).requires_grad_(False)  # type: ignore[arg-type]
+    judge.to("cuda" if torch.cuda.is_available() else "cpu")
     return {"credit": given, "inputs": {"dpo_logps": logps_under(judge, temperature=config.temperature)}}

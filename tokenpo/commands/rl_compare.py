@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenpo.commands.compare import write_json
-from tokenpo.commands.config import weights_dtype
-from tokenpo.commands.loading import load_model
+from tokenpo.commands.config import loader
 from tokenpo.commands.rl_config import RLConfig
 
 
@@ -32,7 +31,7 @@ def measure(config: RLConfig, trainer: Any, rows: Any, reward: Any) -> dict[str,
 
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     chosen = [rows[i % len(rows)] for i in range(config.samples)]
-    load = functools.partial(load_model, dtype=weights_dtype(config))  # type: ignore[arg-type]
+    load = loader(config)  # type: ignore[arg-type]
     start = make_reference("adapter-off" if config.lora else f"model:{config.model}", model, load=load)
     assert start is not None
     found = sample(
@@ -82,16 +81,21 @@ def _mean(values: list[float]) -> float:
     return sum(values) / max(len(values), 1)
 
 
+SCORED = 16
+"""Responses that a reward model reads at a time."""
+
+
 def score_with(folder: str, tokenizer: Any) -> Callable[..., Any]:
     """A reward function: the score that the reward model in `folder` gives a response."""
+    import torch
+
     from tokenpo.evaluation.sampling import render_prompt
     from tokenpo.reward_models import RewardModel
 
     judge = RewardModel.from_pretrained(folder)
+    judge.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def score(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        import torch
-
         asked = [render_prompt(prompt, tokenizer) for prompt in prompts]
         rows = [torch.tensor([*a, *b]) for a, b in zip(asked, completion_ids, strict=True)]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -101,6 +105,7 @@ def score_with(folder: str, tokenizer: Any) -> Callable[..., Any]:
             "prompt_lengths": torch.tensor([len(a) for a in asked]),
             "response_lengths": torch.tensor([len(b) for b in completion_ids]),
         }  # fmt: skip
-        return judge.scores({name: value.to(judge.device) for name, value in batch.items()}).tolist()
+        parts = [{n: v[i : i + SCORED].to(judge.device) for n, v in batch.items()} for i in range(0, len(rows), SCORED)]
+        return [value for part in parts for value in judge.scores(part).tolist()]
 
     return score

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tokenpo import masked
 from tokenpo.credit.basic import expect_shape
+from tokenpo.credit.layout import compact, decayed_sums, spread
 from tokenpo.methods import Fraction, method
 
 
@@ -36,16 +37,10 @@ def gae(
     expect_shape("token_rewards", token_rewards, mask.shape, "one reward a token of mask")
     expect_shape("values", values, mask.shape, "the value before each token of mask")
     r, v = masked.select(token_rewards.detach(), mask), masked.select(values.detach(), mask)
-    decay = gamma * lam
-    advantage = next_value = (r + v).new_zeros(len(mask))
-    columns = []
-    for t in reversed(range(mask.shape[1])):
-        counted = mask[:, t]
-        step = r[:, t] + gamma * next_value - v[:, t] + decay * advantage
-        advantage = torch.where(counted, step, advantage)
-        next_value = torch.where(counted, v[:, t], next_value)
-        columns.append(advantage)
-    advantages = masked.select(torch.stack(columns[::-1], -1), mask) if columns else r
+    ahead = compact(v, mask, 0.0)
+    following = torch.nn.functional.pad(ahead[:, 1:], (0, min(1, mask.shape[1])))
+    delta = compact(r, mask, 0.0) + gamma * following - ahead
+    advantages = spread(decayed_sums(delta, gamma * lam), mask)
     return advantages, masked.select(advantages + v, mask)
 
 

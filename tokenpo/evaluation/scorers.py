@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -151,9 +152,16 @@ def math_verify_scores(rows: Sequence[Row]) -> list[Scored]:
         raise InputError("the scorer math-verify needs the package math-verify: pip install math-verify") from reason
     found = []
     for index, row in enumerate(rows):
-        gold = parse(str(_column(row, "answer", index)))
+        answer = str(_column(row, "answer", index))
+        gold = (parse(f"${answer}$") if bare_formula(answer) else []) or parse(answer)
         found.append(Scored(float(verify(gold, parse(_text(row))))))
     return found
+
+
+def bare_formula(answer: str) -> bool:
+    r"""Is it a formula without the marks of one, as data sets give them? Unmarked, `2\sqrt{2}` would be read as 2."""
+    marked = any(mark in answer for mark in ("$", r"\(", r"\[", r"\boxed", "####"))
+    return not marked and re.search(r"[^\W\d_]{2,}\s+[^\W\d_]{2,}", answer) is None
 
 
 def reasoning_gym_scores(rows: Sequence[Row]) -> list[Scored]:
@@ -172,7 +180,15 @@ def reasoning_gym_scores(rows: Sequence[Row]) -> list[Scored]:
             source = entry["metadata"]["source_dataset"]
         except (KeyError, TypeError) as reason:
             raise InputError(f"row {index}, column 'entry': no metadata.source_dataset") from reason
-        found.append(Scored(float(get_score_answer_fn(source)(answer=_text(row), entry=entry))))
+        score = get_score_answer_fn(source)
+        try:
+            found.append(Scored(float(score(answer=_text(row), entry=entry))))
+        except Exception as reason:  # some raise on what is no answer at all; an entry that is wrong raises on its own
+            try:
+                score(answer=entry.get("answer"), entry=entry)
+            except Exception:
+                raise InputError(f"row {index}, column 'entry': the scorer of {source} fails: {reason!r}") from reason
+            found.append(Scored(0.0))
     return found
 
 

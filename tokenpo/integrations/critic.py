@@ -15,6 +15,7 @@ from tokenpo.errors import InputError
 from tokenpo.losses import value_loss
 from tokenpo.reference import disable_dropout
 from tokenpo.reward_models.network import head_class, head_logits
+from tokenpo.statistics.four_bit import whole_state_dict
 
 WEIGHTS, OPTIMIZER = "critic.safetensors", "critic_optimizer.pt"
 
@@ -27,6 +28,7 @@ class Critic:
         learning_rate, clip, epochs: of the critic; `clip` as in `tokenpo.losses.value_loss`, None for none.
         gamma, lam: of `tokenpo.advantages.value_targets`; left out (None), those of the estimator it serves.
         pretrain: updates of the critic alone before the policy moves (VAPO's value pre-training).
+        activation_checkpointing: compute its layers again in the backward pass, which takes less memory.
 
     Gradients are averaged over processes with the token counts of all of them; weights start equal and stay so.
     """
@@ -42,6 +44,7 @@ class Critic:
         lam: float | None = None,
         pretrain: int = 0,
         max_grad_norm: float = 1.0,
+        activation_checkpointing: bool = False,
     ) -> None:
         if not learning_rate > 0 or epochs < 1 or pretrain < 0:
             raise InputError("critic: learning_rate is positive, epochs at least 1, pretrain at least 0")
@@ -49,6 +52,8 @@ class Critic:
         self.gamma, self.lam = gamma, lam
         with torch.random.fork_rng(devices=[]):
             self.network = value_network(model)
+        if activation_checkpointing:
+            self.network.activation_checkpointing_enable()
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=learning_rate, weight_decay=0.0)
 
     def values(self, batch: Mapping[str, Tensor], width: int, *, chunk: int) -> Tensor:
@@ -112,10 +117,12 @@ def value_network(model: Any) -> Any:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = copy.deepcopy(base.config)
     config.num_labels = 1
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the critic's weights all train, so they are whole
     network = head_class(config)(config)
     weights = {
         name.replace(".base_layer.", "."): tensor
-        for name, tensor in base.base_model.state_dict().items()
+        for name, tensor in whole_state_dict(base.base_model).items()
         if ".lora_" not in name
     }
     body = getattr(network, network.base_model_prefix)

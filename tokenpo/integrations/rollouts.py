@@ -10,16 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenpo import methods
-from tokenpo.advantages import prediction_errors
+from tokenpo import masked, methods
+from tokenpo.advantages import disagreement, prediction_errors
 from tokenpo.errors import InputError
-from tokenpo.statistics import PromptSharing, response_states, stats_of_states
+from tokenpo.statistics import LinearHead, PromptSharing, ResponseStates, response_states, stats_of_states
 from tokenpo.types import TokenStats
 
 TOKEN_STATS = ("entropy", "ref_logps", "ref_kl", "policy_kl")
-OVER_VOCABULARY = ("hidden", "errors", "logits")
+OVER_VOCABULARY = ("hidden", "errors", "error_ids", "disagreement")
 STATISTICS = ("old_logps", *TOKEN_STATS, *OVER_VOCABULARY)
-"""What one pass without gradient can give; those over the vocabulary hold (B, T, d) or (B, T, V) numbers."""
+"""What one pass without gradient can give; of the last four the first holds (B, T, d) numbers, the next two (B, T, k)
+with k = `ERRORS`, the last, (B, T), is made of the first."""
+ERRORS = 32
+"""How many entries of a token's prediction error THR reads."""
+LOGITS = 2**22
+"""How many logits there are at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +89,9 @@ def statistics(
     temperature: float,
     sharing: PromptSharing,
     reference: Callable | None,
-    vocabulary: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Those of `STATISTICS` that `names` lists, (B, width, ...), by one pass in chunks of rows; no (B, T, V) logits
-    unless they are what is asked for. `vocabulary`: the token ids that `errors` are kept of.
+    """Those of `STATISTICS` that `names` lists, but for `disagreement`, (B, width, ...), by one pass in chunks of rows;
+    never (B, T, V) logits.
     """
     outputs = ("logps", *(n for n in TOKEN_STATS if n in names))
     found: dict[str, list[Tensor]] = {}
@@ -98,16 +102,38 @@ def statistics(
         values = {"old_logps": stats.logps, **{n: stats.require(n) for n in outputs[1:]}}
         if "hidden" in names:
             values["hidden"] = scattered(states.hidden, states.mask)
-        if "logits" in names or "errors" in names:
-            logits = states.head.logits(states.hidden) / temperature
-            if "logits" in names:
-                values["logits"] = scattered(logits, states.mask)
-            if "errors" in names:
-                values["errors"] = scattered(prediction_errors(logits, states.tokens, vocabulary), states.mask)
+        if "errors" in names or "error_ids" in names:
+            of_tokens = _errors(states, temperature)
+            for name, value in zip(("errors", "error_ids"), of_tokens, strict=True):
+                values[name] = scattered(value, states.mask)
         for name, value in values.items():
             found.setdefault(name, []).append(widened(value, width))
     torch.clear_autocast_cache()  # casts made without gradient would cut the policy's
     return {name: torch.cat(parts) for name, parts in found.items() if name in names}
+
+
+def _errors(states: ResponseStates, temperature: float) -> tuple[Tensor, Tensor]:
+    """(N, k) each: `prediction_errors` of the response tokens."""
+    size = max(1, LOGITS // states.head.weight.shape[0])
+    pieces = zip(states.hidden.split(size), states.tokens.split(size), strict=True)
+    parts = [prediction_errors(states.head.logits(h) / temperature, tokens, kept=ERRORS) for h, tokens in pieces]
+    errors, ids = zip(*parts, strict=True)
+    return torch.cat(errors), torch.cat(ids)
+
+
+@torch.no_grad()
+def disagreements(hidden: Tensor, group: Tensor, mask: Tensor, head: LinearHead, temperature: float) -> Tensor:
+    """(B, T) `tokenpo.advantages.disagreement` of whole groups, from the states (B, T, d) that predict their tokens."""
+    out = masked.widen(hidden[..., 0]).new_zeros(mask.shape)
+    for g in torch.unique(group):
+        rows = (group == g).nonzero().squeeze(-1)
+        size = max(1, LOGITS // (len(rows) * head.weight.shape[0]))
+        for start in range(0, mask.shape[1], size):
+            here = slice(start, start + size)
+            if bool(mask[rows, here].any()):
+                logits = head.logits(hidden[rows, here]) / temperature
+                out[rows, here] = disagreement(logits, group[rows], mask[rows, here]).to(out.dtype)
+    return out
 
 
 def scattered(values: Tensor, mask: Tensor) -> Tensor:

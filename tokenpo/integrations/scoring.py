@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenpo.advantages import (
-    AAPO,
-    answer_entropy,
-    copo_global_advantages,
-    soft_blend,
-    spo_loss_tokens,
-    value_targets,
-)
+from tokenpo.advantages import AAPO, spo_loss_tokens, value_targets
 from tokenpo.advantages.compose import Composition, Objective
 from tokenpo.integrations.critic import Critic
+from tokenpo.integrations.more_rollouts import MoreRolloutsMixin
 from tokenpo.integrations.rewards import write_rollouts
 from tokenpo.integrations.rollouts import (
     OVER_VOCABULARY,
@@ -28,21 +21,19 @@ from tokenpo.integrations.rollouts import (
     Rollouts,
     as_tensor,
     batch_of,
+    disagreements,
     gathered,
     gathered_objects,
     statistics,
 )
+from tokenpo.integrations.sampling import tree_columns
 from tokenpo.reference import Reference
-from tokenpo.statistics import PromptSharing
-
-COPO = ("global_advantages", "local_weight")
-"""What COPO's objective reads, made of `answer_ids`."""
+from tokenpo.statistics import LinearHead, PromptSharing
 
 
-class ScoringMixin:
+class ScoringMixin(MoreRolloutsMixin):
     """For a GRPOTrainer that holds the settings below and, in `_scored`, what its reward functions last gave."""
 
-    composition: Composition
     objective: Objective
     columns: list[str]
     reads: tuple[str, ...]
@@ -52,22 +43,11 @@ class ScoringMixin:
     correct_above: float | None
     reference: Reference | None
     sharing: PromptSharing
-    run_folder: Path
-    keep_rollouts: int
-    _scored: tuple[Any, Any, Any, Tensor]
-    accelerator: Any
-    args: Any
-    model: Any
+    stages: Callable[..., Tensor] | None
     model_wrapped: Any
-    state: Any
     temperature: float
-    num_generations: int
-    num_generations_eval: int
-    reward_weights: Tensor
     _tokenizer: Any
-    _metrics: Any
     _generate: Callable[..., Any]
-    _calculate_rewards: Callable[..., Tensor]
 
     def add_advantages(self, out: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Into `out`, what TRL knows of a batch: advantages, mask of the loss, what the objective reads."""
@@ -86,6 +66,10 @@ class ScoringMixin:
         out["loss_mask"] = composed.mask[mine, :width]
         out["group_id"] = rollouts.group
         self._columns_of_objective(out, known, mine, width)
+        if self.stages is not None:
+            out["stages"] = self.stages(known["old_logps"], known["mask"])[:, mine, :width].transpose(0, 1)
+        if self.sampling.temperature is not None and self.model.training:
+            self.sampling.temperature.update(known["entropy"], known["mask"])
         if self.critic is not None and self.model.training:
             self._teach(self.critic, rollouts)
         self._keep(rollouts, out)
@@ -94,13 +78,11 @@ class ScoringMixin:
         rows, prompts, completions, of_functions = self._scored
         n = len(out["completion_ids"])
         first = self.accelerator.process_index * n
-        weighted = of_functions * self.reward_weights.to(of_functions.device)
-        rewards = torch.where(torch.isnan(of_functions).all(1), torch.nan, weighted.nansum(1))[first : first + n]
-        size = self.num_generations if self.model.training else self.num_generations_eval
+        rewards = self.weighted(of_functions)[first : first + n]
         mask = out["completion_mask"].bool()
         if "tool_mask" in out:
             mask = mask & out["tool_mask"].bool()
-        group = torch.arange(first, first + n, device=mask.device) // size
+        group = torch.arange(first, first + n, device=mask.device) // self._group_size
         batch, ids = batch_of(out), out["completion_ids"]
         return Rollouts(rows, prompts, completions, batch, mask, ids, rewards, group, first, {}, self.model)
 
@@ -112,14 +94,29 @@ class ScoringMixin:
             known["old_logps"] = out["old_per_token_logps"]
         reads = [n for n in self.reads if n not in known]
         if reads:
-            vocabulary = None
-            if "errors" in reads:
-                vocabulary = torch.unique(gathered(self.accelerator, torch.unique(rollouts.tokens).unsqueeze(0)))
+            made = {"disagreement"} & {*reads}
+            asked = {*reads, "hidden"} - made if made else {*reads}
             with self.accelerator.autocast():
                 known |= statistics(
-                    self.model, rollouts.batch, reads, width, chunk=chunk, temperature=self.temperature,
-                    sharing=self.sharing, reference=self._score_reference(reads), vocabulary=vocabulary,
+                    self.model, rollouts.batch, sorted(asked), width, chunk=chunk, temperature=self.temperature,
+                    sharing=self.sharing, reference=self._score_reference(reads),
                 )  # fmt: skip
+                if made:
+                    known["disagreement"] = self._disagreement(rollouts)
+            if "hidden" not in reads:
+                known.pop("hidden", None)
+        if self.sampling.chain is not None:
+            known["prefix_values"] = torch.zeros(len(rollouts.mask), width + 1, device=rollouts.mask.device)
+            if self.model.training:
+                known["prefix_values"] = self.chain_values(self.sampling.chain, rollouts)
+        if self.sampling.tree is not None:
+            columns = tree_columns(rollouts.rows) or [{"parent": -1}] * len(rollouts.mask)
+            starts = range(rollouts.first, rollouts.first + len(columns))  # trees begin where groups do
+            parents = [
+                c["parent"] + i - i % self._group_size if c["parent"] >= 0 else -1
+                for i, c in zip(starts, columns, strict=True)
+            ]
+            known["parent"] = torch.tensor(parents, device=rollouts.mask.device)
         if self.critic is not None:
             known["values"] = self.critic.values(rollouts.batch, width, chunk=chunk)
         if self.correct_above is not None:
@@ -128,6 +125,19 @@ class ScoringMixin:
             known[name] = as_tensor(name, function(rollouts), rollouts.mask)
         if self.credit is not None:
             known["token_rewards"] = as_tensor("credit", self.credit(rollouts), rollouts.mask)
+
+    def _disagreement(self, rollouts: Rollouts) -> Tensor:
+        """(B, T) of this process's rows; their groups are made whole first where processes cut them."""
+        columns = [rollouts.known["hidden"], rollouts.group, rollouts.mask]
+        first, n, width = 0, len(rollouts.mask), rollouts.mask.shape[1]
+        if n % self._group_size:
+            columns = [gathered(self.accelerator, x) for x in columns]
+            here = torch.isin(columns[1], rollouts.group)
+            first = rollouts.first - int(here.nonzero()[0])
+            columns = [x[here] for x in columns]
+        hidden, group, mask = columns
+        found = disagreements(hidden, group, mask, LinearHead.of(self.model), self.temperature)
+        return found[first : first + n, :width]
 
     def _over_all_processes(self, rollouts: Rollouts) -> dict[str, Any]:
         own = {"rewards": rollouts.rewards, "group": rollouts.group, "mask": rollouts.mask, "tokens": rollouts.tokens}
@@ -139,10 +149,8 @@ class ScoringMixin:
 
     def _columns_of_objective(self, out: dict[str, Any], known: dict[str, Any], mine: slice, width: int) -> None:
         """What the objective reads beside statistics of the policy as it is then."""
-        if {*COPO} & {*self.columns}:
-            rows = known["rewards"], known["group"], known["mask"], known["answer_ids"]
-            known["global_advantages"] = copo_global_advantages(*rows)
-            known["local_weight"] = soft_blend(answer_entropy(*rows))
+        for name, part in self.objective.made.items():
+            known[name] = part(known)
         for name in self.columns:
             value = known[name][mine]
             out[f"objective/{name}"] = value[:, :width] if value.dim() > 1 else value
@@ -152,9 +160,8 @@ class ScoringMixin:
     def _ask_the_reference(self, aapo: AAPO, prompts: list[str], inputs: list[dict[str, Any]]) -> None:
         """A response of the reference to every row of the batch: what AAPO compares with, sampled once a prompt."""
         assert self.reference is not None
-        policy, metrics, scored = self.model_wrapped, copy.deepcopy(self._metrics), self._scored
-        seen = self.state.num_input_tokens_seen
-        with self.reference.enter(self.accelerator.unwrap_model(self.model)) as model, torch.no_grad():
+        policy = self.model_wrapped
+        with self._aside(), self.reference.enter(self.accelerator.unwrap_model(self.model)) as model, torch.no_grad():
             if model is not self.accelerator.unwrap_model(self.model):
                 self.model_wrapped = model
             try:
@@ -162,8 +169,7 @@ class ScoringMixin:
                 _, ids, _, completions, *_ = self._generate(asked)
                 of_functions = self._calculate_rewards(inputs, asked, completions, ids)
             finally:
-                self.model_wrapped, self._metrics, self._scored = policy, metrics, scored
-                self.state.num_input_tokens_seen = seen
+                self.model_wrapped = policy
         rewards = (of_functions * self.reward_weights.to(of_functions.device)).nansum(1).tolist()
         for prompt in aapo.missing(prompts):
             aapo.remember(prompt, [r for p, r in zip(prompts, rewards, strict=True) if p == prompt])
@@ -218,7 +224,7 @@ def horizon(composition: Composition) -> tuple[float, float]:
     return given.get("gamma", 1.0), given.get("lam", 0.95) if estimator.name == "ppo_gae" else 1.0
 
 
-def available(inputs: Mapping[str, Any], credit: bool, critic: bool, correct: bool, reference: str) -> set[str]:
+def available(inputs: Iterable[str], credit: bool, critic: bool, correct: bool, reference: str) -> set[str]:
     """Names of what a run can give to estimators, credit and objective."""
     found = {"tokens", "step", "old_logps", "entropy", *OVER_VOCABULARY, *inputs}
     found |= {"token_rewards"} if credit else set()

@@ -34,14 +34,16 @@ from tokenpo.integrations.rollouts import (
     regrouped,
     with_mask,
 )
-from tokenpo.integrations.scoring import COPO, ScoringMixin, available
-from tokenpo.integrations.trl_checks import check_hooks, refuse_empty, refuse_settings
+from tokenpo.integrations.sampling import Heated, check_sampling, make_sampling, processed, tree_columns
+from tokenpo.integrations.scoring import ScoringMixin, available
+from tokenpo.integrations.trl_checks import check_hooks, check_stages, refuse_empty, refuse_settings
 from tokenpo.methods import bind
 from tokenpo.reference import make_reference
 from tokenpo.statistics import PromptSharing, response_stats
+from tokenpo.statistics.four_bit import keep_trainable
 from tokenpo.training import ExactLossMixin
 
-STATE = "advantages.json"
+STATE, SAMPLING = "advantages.json", "sampling.json"
 
 check_hooks()
 
@@ -57,6 +59,10 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
             row a rollout. `answer_ids` may be a list of strings.
         correct_above: rewards greater than this count as correct, where `correct` is read.
         critic: settings of `tokenpo.integrations.critic.Critic`, for ppo_gae, vapo and rto.
+        sampling: rollouts beyond a response a row, `[{"name": "spo_chain", "rollouts": 4}]`, or other ones:
+            `spo_chain`, `spo_tree`, `dynamic_sampling`, `hapo_temperature` (`tokenpo.integrations.sampling`).
+        stages: `{"name": "lopti", "eta": 0.4}`: the two iterations over a batch (num_iterations=2) train the improbable
+            tokens and then the others, denominators those of all tokens in both.
         reference: a mode of `tokenpo.reference`, made only if something reads it; `load_reference` as there.
         share_prompts: prompts of a group are computed once where the model can ("auto"), True, or False.
         run_folder: where rollouts are written; left out, args.output_dir. `keep_rollouts`: how many of every batch.
@@ -69,6 +75,7 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
     model_wrapped: Any
     _metrics: Any
     _step: int
+    rollout_func: Any
 
     def __init__(
         self,
@@ -82,6 +89,8 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
         inputs: Mapping[str, Input] | None = None,
         correct_above: float | None = None,
         critic: Mapping[str, Any] | None = None,
+        sampling: Config = (),
+        stages: str | Mapping[str, Any] | None = None,
         reference: str = "auto",
         load_reference: Callable[[str], nn.Module] | None = None,
         share_prompts: bool | str = "auto",
@@ -92,6 +101,9 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
     ) -> None:
         args = args or GRPOConfig("runs/grpo")
         refuse_settings(args)
+        self.sampling = make_sampling(sampling)
+        check_sampling(self.sampling, args, rollout_func)
+        self.stages = None if stages is None else check_stages(stages, args)
         model = loaded(model, args, others.pop("peft_config", None))
         self.inputs = dict(inputs or {})
         self.credit: Any = None
@@ -99,17 +111,19 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
         if credit is not None:
             self.credit, credit_needs = credit_function(credit)
         self.correct_above = correct_above
-        given = available(self.inputs, credit is not None, critic is not None, correct_above is not None, reference)
+        given = available({*self.inputs, *self.sampling.gives}, credit is not None, critic is not None,
+                          correct_above is not None, reference)  # fmt: skip
         self.composition = compose(advantages, available=given)
-        self.objective = compose_objective(objective, available={*given, *COPO} if "answer_ids" in given else given)
+        self.objective = compose_objective(objective, available=given)
         missing = [n for n in credit_needs if n not in given]
         if missing:
             raise InputError(
                 f"the credit needs '{missing[0]}', which is not available: give inputs={{'{missing[0]}': .}}"
             )
         self.columns = [n for n in self.objective.needs if n not in FIELDS]
-        reads = {*self.composition.needs, *credit_needs, *(self.objective.needs if self.columns else ())}
-        reads |= {"old_logps"} if self._is_spo else set()
+        reads = {*self.composition.needs, *credit_needs, *(self.objective.reads if self.columns else ())}
+        reads |= {"old_logps"} if self._is_spo or self.stages else set()
+        reads |= {"entropy"} if self.sampling.temperature else set()
         self.reads = tuple(n for n in STATISTICS if n in reads)
         reads_reference = {"ref_logps", "ref_kl", "policy_kl"} & {*self.reads, *self.objective.needs}
         needed = bool(reads_reference) or self._aapo is not None
@@ -122,6 +136,7 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
         self._window: list[dict[str, Any]] = []
         self._window_start = 0
         self._counts: dict[str, Tensor] = {}
+        self._ready: tuple[dict[str, Any], Tensor] | None = None
         if args.ddp_find_unused_parameters is None:
             # The head is used after the wrapped forward returns, which a search for unused parameters mistakes.
             args.ddp_find_unused_parameters = False
@@ -131,6 +146,8 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
         ]
         if rollout_func is not None:
             others["rollout_func"] = lambda prompts, trainer: refuse_empty(rollout_func(prompts, trainer))
+        elif self.sampling.tree:
+            others["rollout_func"] = lambda prompts, trainer: trainer.tree_rollouts(prompts)
         super().__init__(model, checked or None, args, **others)
         if self.aux_loss_enabled:
             raise InputError("a router's auxiliary loss is no part of the objectives here: set router_aux_loss_coef=0")
@@ -152,8 +169,23 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
                 )
         return found
 
+    def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
+        if self.sampling.temperature is None or not self.model.training:
+            return super()._generate_single_turn(*given, **named)
+        heated = Heated(self.sampling.temperature, self.temperature)
+        with processed(self.accelerator.unwrap_model(self.model_wrapped), heated):
+            return super()._generate_single_turn(*given, **named)
+
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        if self._ready is not None:
+            self._scored = inputs, prompts, completions, self._ready[1]
+            return self._ready[1]
+        columns = tree_columns(inputs)
+        if columns is not None:
+            completion_ids_list = [column["response"] for column in columns]
+            completions = self.decoded(prompts, completion_ids_list)
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards = rewards if columns is None else self.tree_judged(rewards, columns)
         self._scored = inputs, prompts, completions, rewards
         failures = gathered_objects(self._failures)
         if not failures and bool(torch.isinf(rewards).any()):
@@ -170,7 +202,14 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        out = super()._generate_and_score_completions(inputs)
+        if self.sampling.resampling is not None and self.model.training:
+            inputs, output, rewards = self.resampled(self.sampling.resampling.attempts, inputs)
+            self._ready, self.rollout_func = (output, rewards), lambda prompts, trainer: output
+        try:
+            out = super()._generate_and_score_completions(inputs)
+        finally:
+            if self._ready is not None:
+                self._ready, self.rollout_func = None, None
         if "pixel_values" in out:
             raise InputError("prompts with images are not supported here: take TRL's own trainer for them")
         self.add_advantages(out, inputs)
@@ -210,7 +249,11 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
                 model, batch, outputs, reference=self._score_reference(self.objective.needs),
                 temperature=self.temperature, sharing=self.sharing,
             )  # fmt: skip
-        stats = with_mask(stats, mask, token_weights=correction(inputs, mask))
+        weights = correction(inputs, mask)
+        if training and self.stages is not None:
+            stage = inputs["stages"][:, self._step // self.args.steps_per_generation % self.num_iterations]
+            weights = stage.to(stats.logps.dtype) * (1.0 if weights is None else weights)
+        stats = with_mask(stats, mask, token_weights=weights)
         old = inputs.get("old_per_token_logps", stats.logps.detach())
         columns = {name: inputs[f"objective/{name}"] for name in self.columns}
         out = self.objective.function(dataclasses.replace(stats, old_logps=old), inputs["advantages"], **columns)
@@ -241,6 +284,8 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
         torch.save(kept, folder / f"rollouts-{self.accelerator.process_index}.pt")
         if self.args.should_save:
             (folder / STATE).write_text(json.dumps(self.composition.state_dict()))
+            if self.sampling.temperature is not None:
+                (folder / SAMPLING).write_text(json.dumps(self.sampling.temperature.state_dict()))
             if self.critic is not None:
                 self.critic.save(folder)
 
@@ -254,11 +299,16 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
                 f"{folder} has no {STATE} or no {file}: it was written by another trainer, or by fewer processes"
             )
         self.composition.load_state_dict(json.loads((folder / STATE).read_text()))
+        if self.sampling.temperature is not None:
+            if not (folder / SAMPLING).is_file():
+                raise InputError(f"{folder} has no {SAMPLING}: it was written by a run without hapo_temperature")
+            self.sampling.temperature.load_state_dict(json.loads((folder / SAMPLING).read_text()))
         kept = torch.load(folder / file, map_location=self.args.device, weights_only=True)
         self._step, self._buffered_inputs = kept["step"], kept["rollouts"]
         if self.accelerator.is_main_process:
             done = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-            forget_from(self.run_folder / "rollouts.jsonl", done)
+            for name in ("rollouts.jsonl", "continuations.jsonl"):
+                forget_from(self.run_folder / name, done)
         if self.critic is not None:
             self.critic.load(folder)
 
@@ -271,4 +321,5 @@ def loaded(model: Any, args: GRPOConfig, peft_config: Any) -> Any:
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
         args.model_init_kwargs = None
+    keep_trainable(model)
     return model if peft_config is None else get_peft_model(model, peft_config)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import trl
+from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
+from tokenpo import methods
 from tokenpo.errors import InputError
 
 SUPPORTED = "trl>=1.16,<1.17"
@@ -20,6 +22,14 @@ HOOKS = {
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "_tokenize_prompts": ("self", "prompts"),
     "_generate": ("self", "prompts"),
+    "_generate_single_turn": (
+        "self",
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ),
     "_get_num_items_in_batch": ("self", "batch_samples", "device"),
     "_save_rng_state": ("self", "output_dir"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
@@ -57,6 +67,18 @@ def refuse_settings(args: GRPOConfig) -> None:
     for name, instead in OURS.items():
         if getattr(args, name) != usual[name]:
             raise InputError(f"{name}={getattr(args, name)} is of TRL's own loss: give the objective {instead} instead")
+
+
+def check_stages(config: str | Mapping[str, Any], args: GRPOConfig) -> Callable[..., Tensor]:
+    """The function of the stages (old_logps, mask) -> (stages, B, T), which are the iterations over a batch."""
+    given = {"name": config} if isinstance(config, str) else dict(config)
+    stages = methods.configure(str(given.pop("name", None)), "stages", **given)
+    if args.num_iterations != 2 or args.steps_per_generation % args.gradient_accumulation_steps:
+        raise InputError(
+            "stages are the two iterations over a batch: set num_iterations=2 (updates=2 of tokenpo rl), and "
+            "steps_per_generation to a multiple of gradient_accumulation_steps"
+        )
+    return stages
 
 
 def refuse_empty(output: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """HAPO: clip ranges and advantages as continuous functions of each token's entropy.
 
-Statistics are those of the tensors passed in: under accumulation, of the micro-batch.
+What is made of whole batches, the statistics of entropies and the signal h of each token, comes first; the objectives
+take h as it is, so that a batch may be split.
 """
 
 from __future__ import annotations
@@ -101,40 +102,40 @@ def hapo_redistribute(
     return torch.where(scaled, advantages * (1 + adv_beta * signal), advantages)
 
 
-def _hapo(stats: TokenStats, advantages: Tensor, signal: Tensor, clip_low: float, clip_high: float, clip_alpha: float,
-          adv_beta: float, dual_clip: float | None, aggregation: Aggregation) -> LossOutput:  # fmt: skip
-    low, high = hapo_clip_range(signal, clip_low=clip_low, clip_high=clip_high, clip_alpha=clip_alpha)
-    given = token_values("advantages", advantages, stats.mask)
+@method("hapo", kind="policy_gradient", title=TITLE, paper=PAPER, needs=("old_logps", "entropy_signal"),
+        golden=("hapo",))  # fmt: skip
+def hapo_loss(
+    stats: TokenStats, advantages: Tensor, entropy_signal: Tensor, *, clip_low: Fraction = 0.2,
+    clip_high: NonNegative = 0.28, clip_alpha: NonNegative = 1.0, adv_beta: NonNegative = 1.0,
+    dual_clip: Positive | None = 10.0, aggregation: Aggregation = "token_mean",
+) -> LossOutput:  # fmt: skip
+    """HAPO: `ppo_clip` with clip ranges (`hapo_clip_range`) and advantages (`hapo_redistribute`) by the entropy signal.
+
+    `entropy_signal` (B, T): h of the function `entropy_signal` over all tokens of the batch, a constant, so that a
+    batch may be split. Trainers here make it of the entropies at rollout time and hold it through all updates of a
+    rollout; the released code ranks the current entropies of whatever tokens share a micro-batch. `advantages` those of
+    any estimator, as `hapo_group_average`. clip_alpha = 0 leaves clipping alone, adv_beta = 0 the advantages, both are
+    DAPO.
+    """
+    h = token_values("entropy_signal", entropy_signal, stats.mask)
+    low, high = hapo_clip_range(h, clip_low=clip_low, clip_high=clip_high, clip_alpha=clip_alpha)
     ratio = token_log_ratio(stats).detach().exp()
-    moved = hapo_redistribute(given, signal, ratio, low, high, adv_beta=adv_beta)
+    given = token_values("advantages", advantages, stats.mask)
+    moved = hapo_redistribute(given, h, ratio, low, high, adv_beta=adv_beta)
     surrogate = partial(clipped_surrogate, clip_low=low, clip_high=high, dual_clip=dual_clip)
     return policy_gradient_loss(stats, moved, surrogate=surrogate, aggregation=aggregation)
 
 
-@method("hapo", kind="policy_gradient", title=TITLE, paper=PAPER, needs=("old_logps", "entropy"), golden=("hapo",))
-def hapo_loss(
-    stats: TokenStats, advantages: Tensor, *, entropy_pivot: Fraction = 0.8, clip_low: Fraction = 0.2,
-    clip_high: NonNegative = 0.28, clip_alpha: NonNegative = 1.0, adv_beta: NonNegative = 1.0,
-    dual_clip: Positive | None = 10.0, aggregation: Aggregation = "token_mean",
-) -> LossOutput:  # fmt: skip
-    """HAPO: `ppo_clip` with clip ranges (`hapo_clip_range`) and advantages (`hapo_redistribute`) by `entropy_signal`.
-
-    `stats.entropy` of the current policy, nats, no gradient into it; `advantages` those of any estimator, as
-    `hapo_group_average`. clip_alpha = 0 leaves clipping alone, adv_beta = 0 the advantages, both are DAPO. The entropy
-    is ranked within the tensors given: the loss of a batch depends on how it is split, as in the released code, though
-    `sums` still adds up.
-    """
-    h = entropy_signal(stats.require("entropy"), stats.mask, entropy_pivot=entropy_pivot)
-    return _hapo(stats, advantages, h, clip_low, clip_high, clip_alpha, adv_beta, dual_clip, aggregation)
-
-
-@method("hapo_released", kind="policy_gradient", title=TITLE, paper=PAPER, needs=("old_logps", "entropy"),
+@method("hapo_released", kind="policy_gradient", title=TITLE, paper=PAPER, needs=("old_logps", "entropy_signal"),
         golden=("hapo",))  # fmt: skip
 def hapo_released_loss(
-    stats: TokenStats, advantages: Tensor, *, entropy_pivot: Fraction = 0.8, clip_low: Fraction = 0.2,
+    stats: TokenStats, advantages: Tensor, entropy_signal: Tensor, *, clip_low: Fraction = 0.2,
     clip_high: NonNegative = 0.2, clip_alpha: NonNegative = 1.0, adv_beta: NonNegative = 1.0,
     dual_clip: Positive | None = 10.0, aggregation: Aggregation = "token_mean",
 ) -> LossOutput:  # fmt: skip
-    """`hapo` with `released_entropy_signal`: the upper bound widens for every token, the lower one for none."""
-    h = released_entropy_signal(stats.require("entropy"), stats.mask, entropy_pivot=entropy_pivot)
-    return _hapo(stats, advantages, h, clip_low, clip_high, clip_alpha, adv_beta, dual_clip, aggregation)
+    """`hapo` with the released recipes' clip_high; given `released_entropy_signal`, the upper bound widens for every
+    token, the lower one for none."""
+    return hapo_loss(
+        stats, advantages, entropy_signal, clip_low=clip_low, clip_high=clip_high, clip_alpha=clip_alpha,
+        adv_beta=adv_beta, dual_clip=dual_clip, aggregation=aggregation,
+    )  # fmt: skip
