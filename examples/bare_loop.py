@@ -1,14 +1,16 @@
 """TDPO2 in a plain PyTorch loop: the loss is imported, everything else is yours.
 
-What       the embedded tiny model on the embedded preference pairs; change two names to train your own
-Paper      Token-level Direct Preference Optimization, https://arxiv.org/abs/2404.11999
-Simplified one process, no accumulation, no evaluation; AdamW with a constant rate (the authors: RMSprop with warm-up)
-CPU toy    python examples/bare_loop.py                        (100 steps, half a minute on one core)
-One GPU    python examples/bare_loop.py --device cuda --model FOLDER --data pairs.jsonl --lr 5e-6 --beta 0.1
+What          the embedded tiny model on the embedded preference pairs; change two names to train your own
+Paper         Token-level Direct Preference Optimization, https://arxiv.org/abs/2404.11999
+Simplified    one process, no accumulation, no evaluation; AdamW, a constant rate (the authors: RMSprop with warm-up)
+CPU toy       python examples/bare_loop.py
+One GPU       python examples/bare_loop.py --device cuda --model FOLDER --data pairs.jsonl --lr 5e-6 --beta 0.1
+Several GPUs  examples/accelerate_loop.py is this loop under accelerate
 """
 
 import argparse
 import copy
+import json
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +20,7 @@ from tokenpo.data.reviews import embedded_model_path, embedded_pairs
 from tokenpo.losses import tdpo_loss
 from tokenpo.statistics import LinearHead, hidden_before_head, response_stats
 
-SHOWN = ("rewards/accuracies", "rewards/margins", "token/seq_ref_kl_chosen")
+SHOWN = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "kl_chosen": "token/seq_ref_kl_chosen"}
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    rows = tokenize_preferences(load_preferences(args.data or embedded_pairs("train")), tokenizer)
+    rows = tokenize_preferences(load_preferences(args.data or embedded_pairs("train")[:2048]), tokenizer)
     collate = PreferenceCollator(pad_token_id=tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
 
@@ -56,11 +58,13 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
         optimizer.step()
         optimizer.zero_grad()
-        history.append([out.loss.item(), *(out.metrics[name].item() for name in SHOWN)])
+        history.append([out.loss.item(), *(out.metrics[name].item() for name in SHOWN.values())])
         if step % 25 == 0 or step == args.steps:
             means = [sum(column) / len(column) for column in zip(*history[-25:], strict=True)]
-            numbers = "  ".join(f"{name} {value:.3f}" for name, value in zip(("loss", *SHOWN), means, strict=True))
-            print(f"step {step:4}, mean of the last 25: {numbers}", flush=True)
+            numbers = {"loss_at_start": history[0][0], **dict(zip(("loss", *SHOWN), means, strict=True))}
+            words = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+            print(f"step {step:4}, means of the last 25: {words}", flush=True)
+    print(json.dumps({name: round(value, 4) for name, value in numbers.items()}))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ standard error and exit code 2.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tokenpo import __version__
@@ -25,6 +26,9 @@ COMMANDS = {
     "inspect": "heat maps of tokens and curves, one page:  tokenpo inspect [MODEL|RUN] [DATA] --credit NAME[,NAME]",
     "generate": "text from a model, sampled or searched for:  tokenpo generate FOLDER --prompt TEXT",
     "cache": "a reference that is computed once:  tokenpo cache build | verify | info",
+    "export": "a run's model with a model card, to a folder or the hub:  tokenpo export RUN [--merge] [--push REPO]",
+    "plan": "memory and time before anything loads:  tokenpo plan [rl] CONFIG.yaml --gpu 24GB [key=value ...]",
+    "bench": "measured side by side:  tokenpo bench credit | losses",
     "methods": "what there is:  tokenpo methods [--json]",
 }
 
@@ -32,6 +36,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # recommends a kernel at every start
     try:
         return _run(words)
     except TokenpoError as error:
@@ -62,12 +67,12 @@ def _run(words: list[str]) -> int:
         if set(rest) - {"--json"}:
             raise InputError(f"methods takes --json and nothing else, got {' '.join(rest)}")
         show(as_json="--json" in rest)
-    elif command == "train":
+    elif command == "train" and _task(rest) != "online":
         config = train_config(rest)  # before the imports below, which take seconds
         from tokenpo.commands.train import train
 
         train(config)
-    elif command == "rl":
+    elif command in ("train", "rl"):
         from tokenpo.commands.rl import rl
 
         rl(rl_config(rest))
@@ -75,8 +80,22 @@ def _run(words: list[str]) -> int:
         from tokenpo.commands.cache import run
 
         run(rest, train_config)
+    elif command == "plan":
+        from tokenpo.commands.plan import run as plan
+
+        plan(
+            rest, parse, lambda words: rl_config(words) if _task(words) == "online" else train_config(words), rl_config
+        )
     elif command == "reward":
         _reward(rest)
+    elif command == "bench":
+        from tokenpo.commands.bench import bench
+
+        bench(rest, lambda cls, name, given: parse(cls, name, _positional(given, ("config",))))
+    elif command == "export":
+        from tokenpo.commands.export import ExportConfig, export, words_of
+
+        export(parse(ExportConfig, "export", _positional(words_of(rest), ("run",))))
     elif command == "inspect":
         from tokenpo.commands.inspect import InspectConfig, inspect
 
@@ -102,7 +121,7 @@ def _reward(words: list[str]) -> None:
         return
     name, rest = words[0], words[1:]
     if name not in known:
-        raise InputError(f"unknown command 'reward {name}'{nearest(name, known)}: it is one of {', '.join(known)}")
+        raise InputError(f"unknown command 'reward {name}'{nearest(name, known)}")
     if name == "train":
         config = reward_config(rest)  # before the imports below, which take seconds
         from tokenpo.commands.reward import train
@@ -129,6 +148,17 @@ def reward_config(words: list[str]) -> Any:
         usual = EMBEDDED_READING.get(str(found.reading.get("name")), {})
         found = dataclasses.replace(found, reading={**usual, **found.reading})
     return found
+
+
+def _task(words: list[str]) -> str | None:
+    """The task that the words name, or else the configuration file; nothing else is looked at."""
+    words = _positional(words, ("config",))
+    named = [word.partition("=")[2] for word in words if word.startswith("--task=")]
+    named += [after for word, after in zip(words, words[1:], strict=False) if word == "--task"]
+    named += [str(content["task"]) for _, content in _config_files(words) if "task" in content]
+    if named and named[0] not in ("offline", "online"):
+        raise InputError(f"task is offline or online, got '{named[0]}'")
+    return named[0] if named else None
 
 
 def train_config(words: list[str]) -> Any:
@@ -191,6 +221,14 @@ def _positional(words: list[str], names: tuple[str, ...]) -> list[str]:
 
 def _check_config_file(words: list[str], known: list[str]) -> None:
     """A YAML file that cannot be read, or has a key that does not exist, is named before it is parsed."""
+    for path, content in _config_files(words):
+        for key in content:
+            if str(key).partition(".")[0] not in known:
+                raise InputError(f"the configuration {path} has an unknown key '{key}'{nearest(str(key), known)}")
+
+
+def _config_files(words: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Path and content of every --config among the words."""
     import yaml
 
     for i, word in enumerate(words):
@@ -213,9 +251,7 @@ def _check_config_file(words: list[str], known: list[str]) -> None:
             ) from reason
         if content is not None and not isinstance(content, dict):
             raise InputError(f"the configuration {path} must be a mapping of settings, not {type(content).__name__}")
-        for key in content or {}:
-            if str(key).partition(".")[0] not in known:
-                raise InputError(f"the configuration {path} has an unknown key '{key}'{nearest(str(key), known)}")
+        yield path, content or {}
 
 
 def _one_sentence(message: str, known: list[str]) -> str:
@@ -225,10 +261,10 @@ def _one_sentence(message: str, known: list[str]) -> str:
         name = unknown[1].partition(".")[0].replace("-", "_")
         return f"there is no setting '{name}'{nearest(name, known)}"
     key = re.search(r'Parser key "([\w.]+)"', message)
-    expected = re.findall(r"Expected an? (?:<class '(\w+)'>|([^.\n]+))", message)
+    expected = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[([^\]]+)\]|([^.\n]+))", message)
     given = re.findall(r"(?:Got value|Given value): (.*)", message)
     if key and expected:
-        kinds = " or ".join(dict.fromkeys(a or b for a, b in expected)).replace("NoneType", "null")
+        kinds = " or ".join(dict.fromkeys("".join(kind) for kind in expected)).replace("NoneType", "null")
         return f"{key[1]} must be {kinds}" + (f", got {given[-1]}" if given else "")
     return " ".join(message.split())
 

@@ -206,14 +206,14 @@ def quantised_folder(tmp_path):
 
 
 def test_an_adapter_on_quantised_weights_ends_in_whole_ones(quantised_folder, pairs_file, tmp_path, monkeypatch):
-    ids, before, merge = torch.arange(3, 15)[None], [], reward._merged
+    ids, before, merge = torch.arange(3, 15)[None], [], reward.merged
 
     def keep(network):
         network.train()  # in eval mode bitsandbytes packs the weights anew on a CPU
         before.append(network(input_ids=ids).logits.detach())
         return merge(network)
 
-    monkeypatch.setattr(reward, "_merged", keep)
+    monkeypatch.setattr(reward, "merged", keep)
     assert main(words(quantised_folder, pairs_file, tmp_path / "run", "reading.name=prefixes", "lora=4")) == 0
     network = RewardModel.from_pretrained(tmp_path / "run" / "model").network
     assert not any("4bit" in type(module).__name__ for module in network.modules())

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenpo import methods
-from tokenpo.commands.config import TrainConfig, weights_dtype
+from tokenpo.commands.config import TrainConfig, loader
 from tokenpo.commands.live import LIVE, MASKS
-from tokenpo.commands.loading import load_model, load_tokenizer, prepare_threads
+from tokenpo.commands.loading import load_tokenizer, prepare_threads
 from tokenpo.commands.rows import load_rows
 from tokenpo.errors import InputError
 
@@ -54,10 +54,13 @@ def cache_settings(config: TrainConfig) -> CacheSettings:
 
 
 def check_cache(config: TrainConfig, loss: methods.Method) -> None:
-    """Refuse a cache that the run would not use, or that cannot give what the loss reads."""
+    """Refuse a reference that does not exist, a cache that the run would not use, or that lacks what the loss reads."""
+    from tokenpo.reference import check_mode
+
     if config.reference != "cache":
         if config.cache:
             raise InputError("cache is set and the reference is not 'cache': add reference=cache, or take cache away")
+        check_mode(config.reference)
         return
     given(config, loss)
 
@@ -227,12 +230,12 @@ def _loaded(config: TrainConfig, loss: methods.Method) -> tuple[Any, Any, dict[s
 def _shared(config: TrainConfig, arguments: Any) -> dict[str, Any]:
     import torch
 
-    settings = cache_settings(config)
+    settings, load = cache_settings(config), loader(config)
     autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     return {
         "k": settings.k,
         "of": settings.of,
-        "load": lambda folder: load_model(folder, weights_dtype(config)).to(arguments.device),
+        "load": lambda folder: load(folder).to(arguments.device),
         "batch_size": 2 * config.batch_size,
         "truncation": {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length},
         "autocast": autocast,

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenpo.commands.config import TrainConfig, weights_dtype
-from tokenpo.commands.loading import load_model
+from tokenpo.commands.config import TrainConfig, loader
 
 
 def measure(config: TrainConfig, trainer: Any, pairs: list[dict[str, Any]], reference: Any) -> dict[str, Any]:
@@ -74,9 +73,8 @@ def after(config: TrainConfig, trainer: Any, pairs: list[dict[str, Any]]) -> dic
     # The start knows no control tokens, so no KL of controlled text to it exists.
     if (reference is None or reference.stored is not None) and trainer.loss.kind != "controlled_pairs":
         model = trainer.accelerator.unwrap_model(trainer.model)
-        load = functools.partial(load_model, dtype=weights_dtype(config))
         mode = "adapter-off" if config.lora is not None else f"model:{config.model}"
-        reference = make_reference(mode, model, load=load)
+        reference = make_reference(mode, model, load=loader(config))
     return measure(config, trainer, pairs, reference)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenpo import methods
-from tokenpo.commands.config import TrainConfig, preset, weights_dtype
-from tokenpo.commands.loading import load_model, model_folder, require_tokenizer
+from tokenpo.commands.config import TrainConfig, loader, preset
+from tokenpo.commands.loading import model_folder, require_tokenizer
 from tokenpo.errors import InputError
 
 Changes = Callable[[TrainConfig], dict[str, Any]]
@@ -73,7 +73,7 @@ def load_teachers(config: TrainConfig, run: Path, loss: methods.Method, policy: 
     for name in wanted_teachers(loss):
         folder = config.teachers.get(name) or run / name / "model"
         require_tokenizer(str(folder), tokenizer)
-        found[name] = make_reference(f"model:{folder}", policy, load=lambda f: load_model(f, weights_dtype(config)))
+        found[name] = make_reference(f"model:{folder}", policy, load=loader(config))
     return found
 
 

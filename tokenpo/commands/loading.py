@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 from tokenpo.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ADAPTER = "adapter_config.json"
+BASE = "base_quantization.json"
+"""Beside an adapter that was trained on weights in four bits: which kind, so that it is never read on others."""
 
 
 def model_folder(name: str) -> str:
@@ -18,7 +23,7 @@ def model_folder(name: str) -> str:
         return str(embedded_model_path())
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        if not (path / "config.json").is_file() and not has_adapter(name):
             raise InputError(f"{path} is not a model folder: it holds no config.json")
         return str(path)
     if path.exists():
@@ -28,28 +33,71 @@ def model_folder(name: str) -> str:
     return name
 
 
-def load_model(name: str, dtype: str = "auto") -> Any:
-    """A causal language model in `dtype`; a folder with a PEFT adapter loads its base and the adapter."""
+def has_adapter(name: str) -> bool:
+    """Is `name` the folder of a PEFT adapter?"""
+    return (Path(name).expanduser() / ADAPTER).is_file()
+
+
+def trains_adapter(config: Any) -> bool:
+    """Does a run train an adapter only: a fresh one, or the one that its model is?"""
+    return config.lora is not None or has_adapter(config.model)
+
+
+def check_adapter(config: Any) -> None:
+    """Refuse four bits with nothing to train on them, and a fresh adapter where the model is one already."""
+    from tokenpo.reference.modes import CHANGED_BASE
+
+    if config.lora is not None and has_adapter(config.model):
+        raise InputError(f"{config.model} is an adapter, which training goes on with: take lora away")
+    if config.quantize is None:
+        return
+    if not trains_adapter(config):
+        raise InputError("quantize freezes the weights, so an adapter has to train: give lora, its rank")
+    start = str(config.lora_options.get("init_lora_weights", "")).lower()
+    if start.startswith(CHANGED_BASE):
+        raise InputError(
+            f"an adapter that starts with {start} changes the weights under it, which quantize keeps in four bits: "
+            "take lora_options.init_lora_weights or quantize away"
+        )
+
+
+def load_model(name: str, dtype: str = "auto", quantize: str | None = None) -> Any:
+    """A causal language model in `dtype`; a folder with a PEFT adapter loads its base and the adapter.
+
+    `quantize`: its linear layers but the head in four bits ("nf4", "fp4"); left out, as the adapter was trained.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from tokenpo.statistics.four_bit import keep_trainable
+
     if dtype not in DTYPES:
         raise InputError(f"dtype '{dtype}' is unknown: choose one of {', '.join(DTYPES)}")
+    if _loads_on_one_process():
+        raise InputError(
+            "fsdp_cpu_ram_efficient_loading gives one process the weights and the others none, and the reference is a "
+            "copy of them: set it to false in the accelerate configuration"
+        )
     folder = model_folder(name)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    if (Path(folder) / "adapter_config.json").is_file():
+    if has_adapter(folder):
         from peft import PeftConfig, PeftModel
 
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-        return PeftModel.from_pretrained(load_model(str(base), dtype), folder, is_trainable=True)
+        model = load_model(str(base), dtype, quantize or _quantized_under(folder))
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise InputError(f"{folder} holds a {config.model_type} model, which is not a causal language model")
+        if quantize is not None and getattr(config, "quantization_config", None) is None:
+            options = {"quantization_config": _four_bits(quantize, config.dtype if dtype == "auto" else wanted)}
+        else:
+            options = {}
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder, dtype=wanted, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError) as reason:
+    except (OSError, ValueError, RuntimeError, ImportError) as reason:
         if isinstance(reason, InputError):
             raise
         raise InputError(f"cannot load a model from {folder}: {first_line(reason)}") from reason
@@ -59,7 +107,42 @@ def load_model(name: str, dtype: str = "auto") -> Any:
             f"{folder} lacks {len(missing)} weights of a {config.model_type} causal language model, '{missing[0]}' "
             "first: it is not a causal language model, or its files are incomplete"
         )
+    keep_trainable(model)
     return model
+
+
+def _loads_on_one_process() -> bool:
+    on = [os.environ.get(name, "false").lower() for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")]
+    return all(value in ("1", "true", "yes") for value in on)
+
+
+def _four_bits(kind: str, compute: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def remember_quantization(model: Any, folder: Path) -> None:
+    """Beside every adapter in `folder`, of a PEFT model that was saved there, what its base was quantised to."""
+    from tokenpo.statistics.four_bit import four_bit_formats
+
+    formats = four_bit_formats(model)
+    if formats:
+        kept = json.dumps({"quantize": formats[0].partition(" ")[0]})
+        for file in [folder / ADAPTER, *folder.glob(f"*/{ADAPTER}")]:
+            if file.is_file():
+                file.with_name(BASE).write_text(kept + "\n")
+
+
+def _quantized_under(folder: str) -> str | None:
+    """What the base of the adapter in `folder` was quantised to when it was trained, if that is known."""
+    file = Path(folder) / BASE
+    return json.loads(file.read_text())["quantize"] if file.is_file() else None
 
 
 def load_tokenizer(name: str) -> Any:

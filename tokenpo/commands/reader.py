@@ -92,7 +92,7 @@ def batches(job: Job, pairs: int | None = None) -> Iterator[Reader]:
 def language_model(job: Job, key: str) -> Any:
     """The causal model behind `key`, for scoring."""
     name = job.folder(key)
-    return job.keep(("causal", name), lambda: _ready(load_model(name, _dtype(job))))
+    return job.keep(("causal", name), lambda: _ready(_causal(job, name)))
 
 
 def attending_model(job: Job, key: str) -> Any:
@@ -100,7 +100,7 @@ def attending_model(job: Job, key: str) -> Any:
     name = job.folder(key)
 
     def load() -> Any:
-        model = _body(job, key) if _has_head(_config(name)) else load_model(name, _dtype(job))
+        model = _body(job, key) if _has_head(_config(name)) else _causal(job, name)
         try:
             model.set_attn_implementation("eager")
         except (AttributeError, ValueError) as reason:
@@ -108,6 +108,11 @@ def attending_model(job: Job, key: str) -> Any:
         return _ready(model)
 
     return job.keep(("attending", name), load)
+
+
+def _causal(job: Job, name: str) -> Any:
+    """In four bits where the policy is and it is the policy's own, so that one model has one opinion."""
+    return load_model(name, _dtype(job), job.config.quantize if name == job.config.model else None)
 
 
 def _body(job: Job, key: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenpo import methods
 from tokenpo.commands.config import TrainConfig
-from tokenpo.commands.loading import load_model, prepare_threads
+from tokenpo.commands.loading import load_model, model_folder, prepare_threads
 from tokenpo.errors import InputError
 from tokenpo.report import Group, Layer, Response
 
@@ -104,18 +104,13 @@ def columns_of_data(rows: Any) -> Iterator[tuple[Layer, Sides]]:
 def statistics(config: Any, model: Any, rows: Any) -> dict[str, Sides]:
     """Layer of `STATISTICS` -> its values; those that need a reference only with one."""
     from tokenpo.evaluation import score_pairs
-    from tokenpo.statistics import LinearHead, hidden_before_head
 
     prepare_threads(model)
     outputs, reference = ["logps", "entropy"], None
     if config.reference is not None:
         outputs.append("ref_kl")
-        other = load_model(config.reference, config.dtype).eval()
-        head = LinearHead.of(other)
-
-        def reference(batch: Any) -> Any:
-            return hidden_before_head(other, batch), head
-
+        other = _reference(config, model)
+        reference = lambda batch: other.score(model, batch)
     found: dict[str, Sides] = {}
     batches = score_pairs(model, rows, outputs=outputs, reference=reference, batch_size=config.batch_size)
     for _, *sides in batches:
@@ -125,6 +120,22 @@ def statistics(config: Any, model: Any, rows: Any) -> dict[str, Sides]:
                 if key in chosen:
                     found.setdefault(key, []).append((chosen[key], rejected[key]))
     return found
+
+
+def _reference(config: Any, model: Any) -> Any:
+    """The model without its adapter where the reference is that one, in four bits too then; else from its folder."""
+    from tokenpo.reference import make_reference
+    from tokenpo.reference.modes import CHANGED_BASE
+
+    adapters = getattr(model, "peft_config", {}).values()
+    folder = model_folder(config.reference)
+    own = bool(adapters) and all(
+        model_folder(str(adapter.base_model_name_or_path)) == folder
+        and not str(getattr(adapter, "init_lora_weights", "")).lower().startswith(CHANGED_BASE)
+        for adapter in adapters
+    )
+    mode = "adapter-off" if own else f"model:{folder}"
+    return make_reference(mode, model, load=lambda name: load_model(name, config.dtype).eval())
 
 
 def _of_row(stats: Any) -> dict[str, list[float]]:

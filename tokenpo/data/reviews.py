@@ -211,12 +211,14 @@ def token_credit(text: str, spans: Iterable[tuple[int, int]]) -> list[float]:
     return [math.fsum(worth for last, worth in worths if start <= last < end) for start, end in spans]
 
 
-def sum_by_word(text: str, spans: Iterable[tuple[int, int]], values: Iterable[float]) -> list[tuple[str, float, float]]:
-    """(word, its true worth, sum of `values` over its tokens) for every word of `text`, in order.
+def sum_by_word(
+    text: str, spans: Iterable[tuple[int, int]], values: Iterable[float], *, worths: Mapping[str, float] = WORTHS
+) -> list[tuple[str, float, float]]:
+    """(word, its worth, sum of `values` over its tokens) for every word of `text`, in order.
 
     Any credit, one value a token, beside the truth. A model is often certain of a word before its last piece
     and puts the credit there, so words compare more fairly than tokens. A token belongs to the word that holds
-    its last character; `spans` as in `token_credit`.
+    its last character; `spans` as in `token_credit`. `worths` by word in lower case; others are worth 0.
     """
     words = list(WORD.finditer(text))
     sums = [0.0] * len(words)
@@ -224,7 +226,7 @@ def sum_by_word(text: str, spans: Iterable[tuple[int, int]], values: Iterable[fl
     for (start, end), value in zip(spans, values, strict=True):
         if start < end and end - 1 in owner:
             sums[owner[end - 1]] += value
-    return [(word[0], WORTHS.get(word[0].lower(), 0.0), total) for word, total in zip(words, sums, strict=True)]
+    return [(word[0], worths.get(word[0].lower(), 0.0), total) for word, total in zip(words, sums, strict=True)]
 
 
 def corrected(text: str, rng: random.Random) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from tokenpo.errors import InputError, TokenpoError
+from tokenpo.statistics.four_bit import keep_trainable, refuse_packed
 from tokenpo.training.sampling import EpochSampler, FilledRows
 from tokenpo.types import LossOutput
 
@@ -67,6 +68,7 @@ class ExactTrainer(ExactLossMixin, Trainer):
             # The head is used after the wrapped forward returns, which a search for unused parameters mistakes.
             args.ddp_find_unused_parameters = False
         args.remove_unused_columns = False
+        keep_trainable(model)
         super().__init__(
             model=model,
             args=args,
@@ -76,12 +78,21 @@ class ExactTrainer(ExactLossMixin, Trainer):
             processing_class=tokenizer,
             callbacks=[*(callbacks or []), _EpochOrder()],
         )
+        if args.fsdp and not (self.is_fsdp_enabled or self.is_fsdp_xla_enabled):
+            raise InputError(
+                "fsdp is set, but accelerate shards weights on accelerators only, so every process here would hold the "
+                "whole model: take fsdp away on a CPU"
+            )
         self.model_accepts_loss_kwargs = False
         self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
 
     def batch_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
         """The loss of one micro-batch, fillers left out."""
         raise TypeError(f"{type(self).__name__} must define batch_loss")
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Accelerate casts inside the forward of the policy it wraps: a frozen copy of it has to compute likewise."""
+        return self.accelerator.autocast()
 
     # Data: the same order whatever the number of processes.
 
@@ -117,8 +128,6 @@ class ExactTrainer(ExactLossMixin, Trainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
-        if _repacks_in_eval(model):
-            model.train()
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, out = self.compute_loss(model, inputs, return_outputs=True)
             counts = self.count_units(inputs)
@@ -158,6 +167,7 @@ class ExactTrainer(ExactLossMixin, Trainer):
         self._sums["eval"].clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update(self._drain("eval", prefix=f"{metric_key_prefix}_"))
+        refuse_packed(self.model)
         return output
 
     # Saving.
@@ -207,8 +217,3 @@ class _EpochOrder(TrainerCallback):
         while not isinstance(loader, EpochSampler):
             loader = getattr(loader, "batch_sampler", None) or loader.sampler
         loader.epoch = int((state.epoch or 0.0) + 1e-6)
-
-
-def _repacks_in_eval(model: nn.Module) -> bool:
-    """bitsandbytes rewrites 4-bit weights on the CPU in the first eval forward, and gradients stop passing them."""
-    return any(type(m).__name__ == "Linear4bit" and m.weight.device.type == "cpu" for m in model.modules())

@@ -15,20 +15,19 @@ from tokenpo import methods
 from tokenpo.data import PreferenceCollator
 from tokenpo.data.formats import SIDES
 from tokenpo.errors import InputError
-from tokenpo.reference import Reference, disable_dropout, make_reference, start_difference
-from tokenpo.statistics import PromptSharing, head_matches_model, response_states, stats_of_states
+from tokenpo.reference import Reference, disable_dropout, make_reference
+from tokenpo.statistics import PromptSharing, response_states, stats_of_states
 from tokenpo.training.companions import CompanionMixin
 from tokenpo.training.credit import TokenCredit
 from tokenpo.training.engines import ENGINES, teachers_of
 from tokenpo.training.exact import ExactTrainer, pad_id
 from tokenpo.training.sampling import EpochSampler, TokenBudgetSampler
+from tokenpo.training.start import StartCheck, check_start, must_agree
 from tokenpo.types import LossOutput, TokenStats
 
 logger = logging.getLogger(__name__)
 
 FROM_STATISTICS = ("ref_logps", "entropy", "ref_kl", "policy_kl")
-START_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Nats that policy and reference may differ by at step 0, by dtype; 0.1 for anything narrower."""
 
 
 class PreferenceTrainer(CompanionMixin, ExactTrainer):
@@ -148,38 +147,18 @@ class PreferenceTrainer(CompanionMixin, ExactTrainer):
         pairs = len(real)
         return stats[:pairs][real], stats[pairs:][real]
 
-    # Starting and saving.
+    # Starting.
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         if not resume_from_checkpoint:
-            self.start = self.check_start()
+            agree = must_agree(self.model, self.reference)
+            if self.is_deepspeed_enabled:
+                logger.warning("weights are sharded by DeepSpeed: the check of the reference at step 0 is skipped")
+            elif self.is_fsdp_enabled:
+                self.add_callback(StartCheck(self, agree))
+            else:
+                self.start = check_start(self, agree)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def check_start(self) -> dict[str, float]:
-        """Before step 1: do our log-probs equal the model's own, and does a fresh policy equal its reference?
-
-        Returns what was measured, in nats. Skipped where weights are sharded, since the model cannot be called yet.
-        """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            logger.warning("weights are sharded: the check of the reference at step 0 is skipped")
-            return {}
-        n = min(4, len(self.train_dataset))
-        batch = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in range(n)]))
-        tolerance = START_TOLERANCE.get(next(self.model.parameters()).dtype, 0.1)
-        measured = {"start/head_difference": head_matches_model(self.model, batch, rtol=max(tolerance, 1e-4))}
-        if self.reference is not None:
-            if self.accelerator.mixed_precision != "no":
-                tolerance = 0.1
-            with self.accelerator.autocast():  # as in training, and as a cache was made
-                difference = start_difference(self.model, self.reference, batch)
-            measured["start/reference_difference"] = difference
-            logger.info("reference '%s': log-probs differ by at most %.2g nats", self.reference.mode, difference)
-            if self.reference.equal_at_start and not difference <= tolerance:
-                raise InputError(
-                    f"at step 0 the policy and its reference '{self.reference.mode}' differ by {difference:.3g} nats "
-                    f"(tolerance {tolerance:g}): the reference is not the model that training starts from"
-                )
-        return measured
 
 
 def _collate(collator: PreferenceCollator, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -1,0 +1,122 @@
+"""Every example runs for a few steps and ends with numbers that mean something; each is one page with a header."""
+
+import json
+import math
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from tiny import write_jsonl
+
+from tokenpo import methods
+from tokenpo.data.reviews import embedded_pairs
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples"
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "run_examples.py"), run_name="run_examples")
+EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
+LOG_2 = math.log(2.0)
+
+SMALL = {
+    "bare_loop.py": "--steps 12 --data PAIRS",
+    "accelerate_loop.py": "--steps 12 --data PAIRS",
+    "tgdpo_two_phases.py": "--steps 12 --lr 2e-4 --samples 4 --data PAIRS",
+    "sparsepo_masks.py": "--steps 12 --lr 2e-3 --l1 0 --data PAIRS",
+    "cdpo_critical_tokens.py": "--steps 4 --pairs 8 --per-prompt 2 --checked 1 --rollouts 4 --tokens 48",
+    "treg_self_rewards.py": "--steps 12 --lr 3e-4 --samples 4 --data PAIRS",
+    "rto.py": "--steps 2 --pairs 8 --updates 2 --rollouts 8 --tokens 16 --samples 4 --data PAIRS",
+    "red_guided.py": "--steps 12 --lr 2e-4 --samples 4 --data PAIRS",
+    "new_method.py": "--steps 12 --lr 2e-4 --data PAIRS",
+    "trl_dpo.py": "--steps 12 --lr 1e-4 --data PAIRS",
+    "trl_grpo.py": "--steps 2 --rollouts 16 --group 8 --tokens 32 --samples 8",
+    "verl_launch.py": "",
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", embedded_pairs("train")[:240])
+
+
+@pytest.fixture(scope="module")
+def ran(pairs, tmp_path_factory):
+    """Name and words -> the numbers that the example ended with; each is run once."""
+    kept = {}
+
+    def run(name, words, capsys):
+        if (name, words) not in kept:
+            given = [str(pairs) if word == "PAIRS" else word for word in shlex.split(words)]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(tmp_path_factory.mktemp("run"))
+                patch.setattr(sys, "argv", [name, *given])
+                patch.setattr(methods, "_REGISTRY", dict(methods._REGISTRY))  # what an example registers goes again
+                AcceleratorState._reset_state(reset_partial_state=True)
+                with torch.random.fork_rng(devices=[]):
+                    runpy.run_path(str(FOLDER / name), run_name="__main__")
+            kept[name, words] = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+        return kept[name, words]
+
+    return run
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_ends_with_the_numbers_of_the_readme(name, ran, capsys):
+    numbers = ran(name, SMALL[name], capsys)
+    assert 3 <= len(numbers) <= 7 and all(math.isfinite(value) for value in numbers.values())
+    told = SCRIPT["rows_of"]((FOLDER / "README.md").read_text())[name]
+    assert all(f" {key} " in told for key in numbers), told
+    check = CHECKS[name]
+    assert check(numbers), numbers
+
+
+CHECKS = {
+    "bare_loop.py": lambda n: n["loss_at_start"] == pytest.approx(LOG_2, abs=1e-4) and n["loss"] < LOG_2,
+    "accelerate_loop.py": lambda n: n["loss_at_start"] == pytest.approx(LOG_2, abs=1e-4) and n["loss"] < LOG_2,
+    "tgdpo_two_phases.py": lambda n: n["tgdpo_loss"] < LOG_2 and n["guide_word_auroc"] != 0.5,
+    "sparsepo_masks.py": lambda n: n["networks_moved"] > 0 and n["mask_mean"] > 0,
+    "cdpo_critical_tokens.py": lambda n: n["pairs"] > 10 and n["weight_auroc_bad_words"] != 0.5,
+    "treg_self_rewards.py": lambda n: n["loss"] < LOG_2 and n["self_reward_word_auroc"] > 0.55,
+    "rto.py": lambda n: n["critic_error_first"] > 0,
+    "red_guided.py": lambda n: n["loss"] < LOG_2 and n["red_word_auroc"] != 0.5,
+    "new_method.py": lambda n: n["dpo_loss"] < LOG_2 and n["weighted_loss"] != n["dpo_loss"],
+    "trl_dpo.py": lambda n: n["loss_at_start"] == pytest.approx(LOG_2, abs=1e-4) and n["kl_chosen"] > 1e-3,
+    "trl_grpo.py": lambda n: 0 <= n["correct_after"] <= 1 and n["kl"] > 0,
+    "verl_launch.py": lambda n: n["advantage_key_token"] > n["advantage_other_tokens"] > 0,
+}
+
+
+def test_accumulation_does_not_change_the_loss(ran, capsys):
+    """Two micro-batches of eight, and one of sixteen with the same rows."""
+    split = ran("accelerate_loop.py", SMALL["accelerate_loop.py"], capsys)
+    whole = ran("accelerate_loop.py", "--steps 12 --pairs 16 --accumulate 1 --data PAIRS", capsys)
+    assert whole == pytest.approx(split, abs=2e-4) and whole["loss"] != whole["loss_at_start"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_is_one_page_with_a_header(name):
+    text = (FOLDER / name).read_text()
+    found = SCRIPT["header"](FOLDER / name)
+    assert len(text.splitlines()) <= 150
+    assert set(found) == {"title", *SCRIPT["FIELDS"]} and all(found.values())
+    assert found["CPU toy"] == f"python examples/{name}"
+    for field in ("One GPU", "Several GPUs"):
+        assert name in found[field] or "accelerate_loop.py" in found[field]
+
+
+def test_every_example_is_in_the_table_once():
+    rows = SCRIPT["rows_of"]((FOLDER / "README.md").read_text())
+    assert sorted(SCRIPT["ORDER"]) == sorted(rows) == sorted(SMALL) == EXAMPLES
+
+
+def test_the_table_is_written_between_its_markers(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{SCRIPT['BEGIN']}\nold\n{SCRIPT['END']}\nafter\n")
+    line = SCRIPT["row"](FOLDER / "rto.py", {"reward": 1.23456}, 12.6)
+    SCRIPT["write"]({"rto.py": line}, page)
+    assert page.read_text() == f"before\n{SCRIPT['BEGIN']}\n{SCRIPT['HEAD']}\n{line}\n{SCRIPT['END']}\nafter\n"
+    assert SCRIPT["rows_of"](page.read_text()) == {"rto.py": line}
+    assert line.endswith("| `python examples/rto.py` | reward 1.235 | 13 |")
