@@ -5,7 +5,8 @@ What          phase 1 trains a reward model on pairs by Bradley-Terry; the diffe
 Paper         RED: Unleashing Token-Level Rewards from Holistic Feedback via Reward Redistribution,
               https://arxiv.org/abs/2411.08302
 Simplified    the paper pays the rewards to PPO: for that, give `credit=` of TokenGRPOTrainer a function that calls
-              `judge.token_rewards` (examples/rto.py shows the trainer); here they bend an offline loss
+              `judge.token_rewards` (examples/rto.py shows the trainer); here they bend an offline loss; the 60 steps
+              are too few for a good judge
 CPU toy       python examples/red_guided.py
 One GPU       python examples/red_guided.py --model FOLDER --data pairs.jsonl --steps 1000 --pairs 8 --judge-lr 1e-5 \
               --lr 7e-7 --beta 0.1 --alpha 0.5

@@ -4,7 +4,8 @@ What          both requests are put before each response; sigmoid(difference of 
               the rewards, fixed, regularise DPO
 Paper         T-REG: Preference Optimization with Token-Level Reward Regularization, https://arxiv.org/abs/2412.02685
 Simplified    the tiny model follows no instructions, so a copy is first taught two openings, on reviews without bad and
-              without good words; an instruction-tuned model needs no such phase and gets two rewriting requests
+              without good words, and even so its rewards stay near chance; an instruction-tuned model needs no such
+              phase and gets the library's two rewriting requests
 CPU toy       python examples/treg_self_rewards.py
 One GPU       python examples/treg_self_rewards.py --model FOLDER --data pairs.jsonl \
               --steps 1000 --pairs 8 --lr 5e-7 --beta 0.1

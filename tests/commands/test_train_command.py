@@ -94,6 +94,15 @@ def test_a_mistake_in_the_data_leaves_the_folder_free(model_folder, pairs_file, 
     assert main([*words(model_folder, pairs_file, tmp_path / "run"), "max_steps=1"]) == 0
 
 
+def test_a_strategy_of_no_is_no(model_folder, pairs_file, tmp_path):
+    """YAML reads a bare `no` as false, which transformers would refuse."""
+    file = tmp_path / "run.yaml"
+    file.write_text("trainer: {eval_strategy: no, save_strategy: 'no'}\n")
+    command = words(model_folder, pairs_file, tmp_path / "run")
+    assert main([command[0], str(file), *command[1:], "max_steps=2"]) == 0
+    assert not list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+
+
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
     from tokenpo.training import last_checkpoint
 

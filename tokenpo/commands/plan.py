@@ -10,11 +10,11 @@ from typing import Any
 
 from tokenpo.commands.config import TrainConfig
 from tokenpo.commands.plan_cards import Card, card_of
-from tokenpo.commands.plan_report import GB, draw, duration, table, verdict
 from tokenpo.commands.rl_config import RLConfig
 from tokenpo.errors import InputError
 
 Parse = Callable[..., Any]
+GB = 2**30
 MOST = 4096
 """The largest micro-batch that is tried."""
 
@@ -139,6 +139,8 @@ def largest(total: Callable[[int], int], limit: int, step: int = 1) -> int:
 
 def show(found: dict[str, Any], settings: PlanConfig, card: tuple[str, Card] | None) -> None:
     """Print and draw."""
+    from tokenpo.commands.plan_report import draw, duration, table, verdict
+
     peaks, batch = found["peaks"], found["batch"]
     if settings.json:
         kept = {k: v for k, v in found.items() if k != "peaks"}

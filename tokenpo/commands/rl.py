@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import resource
@@ -100,10 +99,9 @@ def arguments(config: RLConfig, run: Path) -> Any:
     import torch
     from trl import GRPOConfig
 
-    known = {f.name for f in dataclasses.fields(GRPOConfig)}
-    for key in config.trainer:
-        if key not in known:
-            raise InputError(f"trainer has no setting '{key}'{nearest(key, known)}")
+    from tokenpo.commands.runs import trainer_settings
+
+    given = trainer_settings(config.trainer, GRPOConfig)
     usual = 1e-5 if trains_adapter(config) else 1e-6
     ours = {
         "output_dir": str(run / "checkpoints"), "learning_rate": config.learning_rate or usual,
@@ -117,7 +115,7 @@ def arguments(config: RLConfig, run: Path) -> Any:
         "bf16": False, "lr_scheduler_type": "constant", "activation_checkpointing": config.model != "embedded",
     }  # fmt: skip
     try:
-        found = GRPOConfig(**{**ours, **config.trainer})
+        found = GRPOConfig(**{**ours, **given})
     except (TypeError, ValueError, ImportError) as reason:
         raise InputError(f"trainer: {str(reason).strip().splitlines()[0]}") from reason
     _engine().refuse_settings(found)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,16 @@ def save_model(trainer: Any, folder: Path) -> None:
         draft.rename(folder)
 
 
+def trainer_settings(given: Mapping[str, Any], arguments: type) -> dict[str, Any]:
+    """The fields of the class `arguments` that a configuration gives; one that it does not have is named."""
+    known = {f.name for f in dataclasses.fields(arguments)}
+    for key in given:
+        if key not in known:
+            raise InputError(f"trainer has no setting '{key}'{methods.nearest(key, known)}")
+    # YAML reads a bare `no` as false
+    return {k: "no" if v is False and k.endswith("_strategy") else v for k, v in given.items()}
+
+
 def training_arguments(config: TrainConfig | RewardConfig, run: Path, n_rows: int) -> Any:
     """transformers' arguments from ours; a field of `trainer` that it does not know is named."""
     import math
@@ -102,10 +112,7 @@ def training_arguments(config: TrainConfig | RewardConfig, run: Path, n_rows: in
     import torch
     from transformers import TrainingArguments
 
-    known = {f.name for f in dataclasses.fields(TrainingArguments)}
-    for key in config.trainer:
-        if key not in known:
-            raise InputError(f"trainer has no setting '{key}'{methods.nearest(key, known)}")
+    given = trainer_settings(config.trainer, TrainingArguments)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     per_epoch = max(1, math.ceil(n_rows / (config.batch_size * config.accumulate * world)))
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * per_epoch)
@@ -132,7 +139,7 @@ def training_arguments(config: TrainConfig | RewardConfig, run: Path, n_rows: in
         "weight_decay": 0.0,
     }
     try:
-        return TrainingArguments(**{**ours, **config.trainer})
+        return TrainingArguments(**{**ours, **given})
     except (TypeError, ValueError, ImportError) as reason:
         raise InputError(f"trainer: {str(reason).strip().splitlines()[0]}") from reason
 

@@ -203,6 +203,8 @@ def _states(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
     batch = {"input_ids": ids}
     if not rows.whole:
         batch["attention_mask"] = torch.ones_like(ids)
+        if rows.tree is None:
+            batch["attention_mask"][-1, -1] = 0  # as padding has it, where tensors have data
     context: AbstractContextManager = nullcontext()
     if rows.tree is not None:
         batch["position_ids"] = torch.zeros_like(ids)
