@@ -1,5 +1,6 @@
 """One thread, as tiny models want it, no hub, and what is made once a session."""
 
+import gc
 import os
 
 import pytest
@@ -10,6 +11,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_no_garbage():
+    """accelerate collects garbage at every `train()`: looking through what imports made costs more than most tests."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

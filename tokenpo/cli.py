@@ -7,6 +7,7 @@ standard error and exit code 2.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import os
 import re
@@ -154,7 +155,7 @@ def _task(words: list[str]) -> str | None:
     """The task that the words name, or else the configuration file; nothing else is looked at."""
     words = _positional(words, ("config",))
     named = [word.partition("=")[2] for word in words if word.startswith("--task=")]
-    named += [after for word, after in zip(words, words[1:], strict=False) if word == "--task"]
+    named += [after for word, after in itertools.pairwise(words) if word == "--task"]
     named += [str(content["task"]) for _, content in _config_files(words) if "task" in content]
     if named and named[0] not in ("offline", "online"):
         raise InputError(f"task is offline or online, got '{named[0]}'")
