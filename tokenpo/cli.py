@@ -189,7 +189,9 @@ def parse(cls: type, command: str, words: list[str], defaults: dict[str, Any] | 
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=f"tokenpo {command}", description=(cls.__doc__ or "").strip(), exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"tokenpo {command}", description=(cls.__doc__ or "").strip(), exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="A YAML file with any of these settings.")
     parser.add_class_arguments(cls, as_group=False)
     if defaults:
