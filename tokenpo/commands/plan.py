@@ -15,7 +15,7 @@ from tokenpo.errors import InputError
 
 Parse = Callable[..., Any]
 GB = 2**30
-MOST = 4096
+MOST = 256
 """The largest micro-batch that is tried."""
 
 
@@ -131,7 +131,7 @@ def largest(total: Callable[[int], int], limit: int, step: int = 1) -> int:
     while high - low > 1:
         room = limit - total(low * step)
         guess = low + int(room / slope) if slope > 0 else 2 * low
-        guess = min(max(guess, low + 1), high - 1)
+        guess = min(max(guess, low + 1), high - 1, 8 * low)
         slope = max(1.0, (total(guess * step) - total(low * step)) / (guess - low))
         low, high = (guess, high) if total(guess * step) <= limit else (low, guess)
     return low * step

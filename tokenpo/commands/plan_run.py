@@ -207,7 +207,7 @@ def _run(
     )
     network = None
     if critic is not None:
-        own = {} if critic.get("activation_checkpointing") else None
+        own: dict[str, Any] | None = {} if critic.get("activation_checkpointing") else None
         network = planned_model(held_config, torch.float32, checkpointing=own)
         freeze_head(network[0])
     reference = reference_of(config, reads, fresh=held_adapter is None, give=give)

@@ -96,7 +96,8 @@ def in_four_bits(model: Any, kind: str, dtype: torch.dtype) -> None:
 
 def four_bit_sizes(model: nn.Module) -> list[int]:
     """How many weights each 4-bit layer holds."""
-    return [m.in_features * m.out_features for m in model.modules() if _is_four_bit(m)]  # type: ignore[operator]
+    layers: list[Any] = [m for m in model.modules() if _is_four_bit(m)]
+    return [layer.in_features * layer.out_features for layer in layers]
 
 
 def _is_four_bit(module: Any) -> bool:
