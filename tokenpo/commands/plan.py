@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
             own.append(f"--{name}={value}")
         elif name == "json":
             own.append("--json=true")
-        elif left and not left[0].startswith("--"):
+        elif left and not re.match(r"--|[A-Za-z_][\w.]*=", left[0]):
             own.append(f"--{name}={left.pop(0)}")
         else:
             raise InputError(f"--{name} needs a value: --{name}={'24GB' if name == 'gpu' else '...'}")

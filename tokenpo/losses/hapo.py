@@ -133,8 +133,10 @@ def hapo_released_loss(
     clip_high: NonNegative = 0.2, clip_alpha: NonNegative = 1.0, adv_beta: NonNegative = 1.0,
     dual_clip: Positive | None = 10.0, aggregation: Aggregation = "token_mean",
 ) -> LossOutput:  # fmt: skip
-    """`hapo` with the released recipes' clip_high; given `released_entropy_signal`, the upper bound widens for every
-    token, the lower one for none."""
+    """`hapo` with the released recipes' clip_high.
+
+    Given `released_entropy_signal`, the upper bound widens for every token, the lower one for none.
+    """
     return hapo_loss(
         stats, advantages, entropy_signal, clip_low=clip_low, clip_high=clip_high, clip_alpha=clip_alpha,
         adv_beta=adv_beta, dual_clip=dual_clip, aggregation=aggregation,

@@ -14,7 +14,7 @@ import functools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,12 +26,14 @@ from torch.utils._pytree import tree_map_only
 
 from tokenpo.errors import InputError
 from tokenpo.statistics import hidden_before_head
-from tokenpo.statistics.block_attention import MASKED, Tree, masks_replaced
-from tokenpo.statistics.head import output_module
+from tokenpo.statistics.block_attention import MASKED, Group, Tree, masks_replaced
+from tokenpo.statistics.head import output_module, text_config
 from tokenpo.statistics.layout import places_of
 from tokenpo.statistics.shared import choose_layout, pack, why_not
 
 Batch = Mapping[str, Tensor]
+GROUPS = 8
+"""Groups of rows that share a prompt, in a run without data."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,20 @@ def rows_of(model: nn.Module, batch: Batch, share: bool) -> Rows:
         return Rows((rows, length), predicts, bool(batch["attention_mask"].all()))
     packed = pack(batch, flat=layout == "flat")
     ids = packed.inputs["input_ids"]
-    return Rows((ids.shape[0], ids.shape[1]), predicts, False, packed.tree)
+    tree = packed.tree
+    window = getattr(text_config(model), "sliding_window", None)
+    if window is None or tree.longest <= window:
+        tree = replace(tree, groups=_joined(tree.groups))
+    return Rows((ids.shape[0], ids.shape[1]), predicts, False, tree)
+
+
+def _joined(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """At most GROUPS of them, neighbours as one: attention takes a few calls a group, and what it keeps is the same."""
+    if len(groups) <= GROUPS:
+        return tuple(groups)
+    size = -(-len(groups) // GROUPS)
+    parts = [groups[i : i + size] for i in range(0, len(groups), size)]
+    return tuple(Group(part[0].start, part[-1].stop, ()) for part in parts)
 
 
 def given_shapes(model: nn.Module) -> nn.Module:
