@@ -203,6 +203,9 @@ def trained(case: Case, model: str, output: str, *, tiny: bool, steps: int = 2) 
         **config.trainer, "save_strategy": "no", "eval_strategy": "no", "use_cpu": True})  # fmt: skip
     rows = make_rows(case, 2 * case.pairs * config.accumulate, 500 if tiny else case.sizes["vocab_size"])
     tokenizer, policy = load_tokenizer("embedded"), load_policy(config)
+    for tensor in policy.parameters():
+        if tensor.is_floating_point():  # or one of them keeps the whole file mapped, and so resident
+            tensor.data = tensor.data.clone()
     arguments = training_arguments(config, Path(output), n_rows=len(rows))
     reference: Any = config.reference
     if reference == "cache":
