@@ -29,8 +29,12 @@ REFERENCES = {"sft_qlora_24gb": "none", "tdpo2_from_sft_qlora_24gb": "adapter:re
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """name of a recipe -> the folder of its run, made once."""
+    from bitsandbytes.optim import GlobalOptimManager
+
     from tokenpo.data.reviews import embedded_model_path, embedded_pairs, prompts
 
+    # what an earlier run in this process may have left, and this one has to forget
+    GlobalOptimManager.get_instance().index2config.update({(0, i): {"optim_bits": 32} for i in range(99)})
     folder = tmp_path_factory.mktemp("recipes")
     pairs = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in embedded_pairs("test")[:14]]
     write_jsonl(folder / "train.jsonl", pairs[:10])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,10 @@ class ExactLossMixin:
         """How many of each unit of LossOutput.sums a batch holds."""
         raise TypeError(f"{type(self).__name__} must define count_units")
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        _forget_earlier_optimizers()
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, Tensor]:
         counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.int64, device=device))
         for batch in batch_samples:
@@ -44,6 +49,17 @@ class ExactLossMixin:
         """This process's share of the step's loss, times the processes that gradients are averaged over."""
         share = sum(total / counts[unit].clamp(min=1) for unit, total in sums.items())
         return share * self.accelerator.num_processes
+
+
+def _forget_earlier_optimizers() -> None:
+    """Empty what bitsandbytes keeps for a whole process: models, and settings by a parameter's place in its group.
+
+    A run after another in one process would hold the other's model in memory, and where that had an embedding, in
+    32 bits by transformers' wish, have 32-bit states.
+    """
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is not None:
+        bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
 
 
 class ExactTrainer(ExactLossMixin, Trainer):
