@@ -1,11 +1,11 @@
 """Every estimator, shaper, filter, objective and way of sampling, same prompts and rollouts, into docs/online.md.
 
-python scripts/compare_rl.py [--task keytok spell_backward] [--only grpo ktae ...] [--seeds 0 1 2] [--updates 200]
+python scripts/compare_rl.py [--task keytok spell_backward] [--only grpo ktae ...] [--seeds 0 1 2] [--updates N]
     [--list]
 
-KeyTok: 4 prompts with 16 responses an update; spell_backward: 16 with 8. All runs of a task start from one supervised
-model and share learning rate and everything else: nothing is tuned. A finished run is used as it is, so the script can
-be stopped and started again; the page holds whatever tasks have finished runs of these seeds and updates.
+KeyTok: 200 updates of 4 prompts with 16 responses; spell_backward: 100 of 16 with 8. All runs of a task start from one
+supervised model and share learning rate and everything else: nothing is tuned per method. A finished run is used as it
+is, so the script can be stopped and started again; the page holds whatever tasks have finished runs of these seeds.
 """
 
 from __future__ import annotations
@@ -185,10 +185,11 @@ def section(task: Task, found: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """A task's table, best final reward first."""
     mean = lambda rows, key: statistics.mean(r[key] for r in rows)
     order = sorted(found, key=lambda name: -mean(found[name], "final"))
+    updates = found[order[0]][0]["updates"]
     lines = [
         f"## {task.name}", "",
-        f"{task.words[0].upper()}{task.words[1:]}. {task.prompts} prompts x {task.group} responses an update, learning "
-        f"rate {task.rate:g}.", "",
+        f"{task.words[0].upper()}{task.words[1:]}. {updates} updates of {task.prompts} prompts x {task.group} "
+        f"responses, learning rate {task.rate:g}.", "",
         "| run | final | spread | half | entropy, nats/token | s/update | tokens sampled/update |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -203,13 +204,13 @@ def section(task: Task, found: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     return [*lines, ""]
 
 
-def write(found: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task], path: Path, updates: int,
+def write(found: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task], path: Path, updates: int | None,
           seeds: list[int]) -> None:  # fmt: skip
     """The page."""
     seed = ", ".join(map(str, seeds))
     lines = [
         "# Online methods, measured", "",
-        f"{updates} updates, seeds {seed}. Final: the mean reward of the last 20 updates; half: of the 20 before half "
+        f"Seeds {seed}. Final: the mean reward of the last 20 updates; half: of the 20 before half "
         "of the budget; spread: least and greatest final reward over the seeds. Nothing is tuned per method. "
         "`token_rewards_*` are given the true worth of every letter (on spell_backward: whether it stands in its "
         "place). Rows are an estimator, `+` shapers and filters, `,` the objective (`ppo_clip` where none is named) "
@@ -219,7 +220,7 @@ def write(found: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task], pat
     for name, rows in found.items():
         lines += section(tasks[name], rows)
     lines += ["Not in the tables: " + "; ".join(f"`{n}` ({why})" for n, why in LEFT_OUT.items()) + ".", ""]
-    words = f"--task {' '.join(found)} --updates {updates} --seeds {' '.join(map(str, seeds))}"
+    words = f"--task {' '.join(found)} --seeds {' '.join(map(str, seeds))}{f' --updates {updates}' if updates else ''}"
     path.write_text("\n".join([*lines, f"`python scripts/compare_rl.py {words}` writes this page."]) + "\n")
 
 
@@ -228,7 +229,7 @@ def main() -> None:
     parser.add_argument("--task", nargs="*", default=["keytok"], choices=sorted(TASKS))
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--updates", type=int, help="left out: those of the task")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "compare_rl")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "online.md")
     parser.add_argument("--list", action="store_true", help="names of the runs, and nothing else")
@@ -237,6 +238,7 @@ def main() -> None:
     torch.set_num_threads(1)
     folders = {name: args.runs if name == "keytok" else args.runs / name for name in TASKS}
     tasks = {n: make() for n, make in TASKS.items() if n in args.task or any(folders[n].glob("*.json"))}
+    updates = {name: args.updates or task.updates for name, task in tasks.items()}
     if args.list:
         print("\n".join(runs(tasks[args.task[0]])))
         return
@@ -250,11 +252,11 @@ def main() -> None:
         chosen = [name for name in known if not args.only or name in args.only]
         wanted += [(task, name, seed) for seed in args.seeds for name in chosen]
     for task, name, seed in (bar := tqdm(wanted, desc="runs")):
-        file = run_file(folders[task], name, seed, args.updates)
+        file = run_file(folders[task], name, seed, updates[task])
         if not file.exists():
             options = runs(tasks[task])[name]
-            file.write_text(json.dumps(train(tasks[task], options, seed, args.updates, folders[task])))
-        found = {t: rows for t in tasks if (rows := finished(tasks[t], folders[t], args.seeds, args.updates))}
+            file.write_text(json.dumps(train(tasks[task], options, seed, updates[task], folders[task])))
+        found = {t: rows for t in tasks if (rows := finished(tasks[t], folders[t], args.seeds, updates[t]))}
         bar.set_postfix_str(f"{name}: {found[task][name][-1]['final']:.2f}")
         write(found, tasks, args.output, args.updates, args.seeds)
 

@@ -24,8 +24,9 @@ class Task:
     """`draw(rng)`: (prompt, response) texts of a supervised batch; `pair(rng)`: (prompt, chosen, rejected); `rows()`:
     prompts with columns for `reward`, in TRL's signature; `worths(rollouts)`: the worth of every letter.
 
-    `length`: tokens of the longest response; `group` responses to each of `prompts` prompts an update; `size`: hidden
-    width, layers, heads of the model; `sampled`: characters that responses may hold; `full`: the greatest reward.
+    `length`: tokens of the longest response; `group` responses to each of `prompts` prompts an update, `updates` of
+    them at `rate`; `size`: hidden width, layers, heads of the model; `sampled`: characters that responses may hold;
+    `full`: the greatest reward.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Task:
     length: int
     group: int
     prompts: int
+    updates: int
     rate: float
     size: tuple[int, int, int]
     sampled: tuple[str, ...]
@@ -140,7 +142,7 @@ def keytok() -> Task:
 
     return Task(
         "keytok", "KeyTok with 32 letters: the reward is the sum of the letters' hidden worths, per letter at most 1 "
-        "and about 0 at the start", character_tokenizer(task.characters), 32, 16, 4, 5e-4, (64, 2, 4),
+        "and about 0 at the start", character_tokenizer(task.characters), 32, 16, 4, 200, 5e-4, (64, 2, 4),
         tuple(task.letters), 32.0, (300, 3e-3),
         lambda rng: [(prompt("AB"[i % 2]), task.text(task.draw_response(rng))) for i in range(64)], pair,
         lambda: [{"prompt": prompt(c), "condition": c} for c in "AABB"], reward, worths,
@@ -194,7 +196,7 @@ def spell_backward() -> Task:
 
     return Task(
         "spell_backward", f"{source}, of three to six letters: the reward is 1 for the word spelt backward and 0 else",
-        character_tokenizer(ALPHABET + ">"), 8, 8, 16, 3e-4, (96, 3, 3), (*ALPHABET, "<eos>"),
+        character_tokenizer(ALPHABET + ">"), 8, 8, 16, 100, 1e-4, (96, 3, 3), (*ALPHABET, "<eos>"),
         1.0, (120, 2e-3), draw, pair, lambda: [{"prompt": prompt(w), "word": w} for w in spelling(4096, 2)[0]], reward,
         worths,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: `tokenpo train | methods | score | generate | cache`.
+"""The command line: `tokenpo COMMAND`, of the commands below.
 
 Help and checks come from the typed configurations of `tokenpo.commands`. A user's mistake is one sentence on
 standard error and exit code 2.

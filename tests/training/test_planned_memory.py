@@ -15,9 +15,10 @@ from tokenpo.statistics import LinearHead
 from tokenpo.statistics.linear import linear_token_stats
 from tokenpo.statistics.tiles import BLOCK_ROWS, Plan
 from tokenpo.training import dry_run, plan, planned_run
-from tokenpo.training.dry_run import Segment, Sweeps, Tally, rows_of, scoring_pass, training_pass
+from tokenpo.training.dry_run import Sweeps, rows_of, scoring_pass, training_pass
 from tokenpo.training.planned_model import four_bit_sizes, planned_model
 from tokenpo.training.planned_run import Online, Row, Run, batch_of, peak_of, standing, update_segments
+from tokenpo.training.tally import Segment, Tally
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "use_cache": False}  # fmt: skip

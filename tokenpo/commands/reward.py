@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from tokenpo.commands.compare import write_json
 from tokenpo.commands.loading import load_tokenizer, model_folder, prepare_threads
 from tokenpo.commands.merging import merged
 from tokenpo.commands.reward_config import RewardConfig
-from tokenpo.commands.runs import check_settings, open_run, say, training_arguments, versions
+from tokenpo.commands.runs import check_settings, open_run, run_training, say, training_arguments, versions
 from tokenpo.errors import InputError, TokenpoError
 from tokenpo.methods import nearest
 
@@ -52,7 +50,7 @@ def fit(config: RewardConfig, run: Path, reading: Any) -> Path:
     import transformers
 
     from tokenpo.reward_models import RewardModel
-    from tokenpo.training import ProgressLine, RewardTrainer, StepClock, fit_normaliser, last_checkpoint
+    from tokenpo.training import ProgressLine, RewardTrainer, fit_normaliser
 
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(config.seed)
@@ -64,23 +62,17 @@ def fit(config: RewardConfig, run: Path, reading: Any) -> Path:
     weights = dtype if dtype == "auto" else getattr(torch, dtype)
     model = RewardModel.from_backbone(model_folder(config.model), reading, tokenizer, dtype=weights, seed=config.seed)
     prepare_threads(model)
-    clock = StepClock()
     trainer = RewardTrainer(
         model,
         training_arguments(_with_rate(config), run, n_rows=len(train_rows)),
         train_dataset=train_rows,
         eval_dataset=test_rows,
         network=_network(config, model),
-        callbacks=[ProgressLine(), clock],
+        callbacks=[ProgressLine()],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     say(f"{reading.name} on {len(train_rows)} rows, {len(test_rows)} held out; run folder {run}")
-    checkpoint = last_checkpoint(run / "checkpoints") if config.resume else None
-    if checkpoint:
-        say(f"going on from {checkpoint}")
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - started
+    trained = run_training(trainer, run, resume=config.resume)
     logged = list(trainer.state.log_history)
     evaluation = trainer.evaluate()
     if trainer.is_world_process_zero():
@@ -92,19 +84,15 @@ def fit(config: RewardConfig, run: Path, reading: Any) -> Path:
         save(model, run / "model")
         summary = {
             "reading": model.reading.as_dict(),
-            "steps": trainer.state.global_step,
+            **trained,
             "rows": {"train": len(train_rows), "held_out": len(test_rows)},
-            "seconds_training": round(seconds, 2),
-            "seconds_per_step": clock.seconds / max(clock.steps, 1),
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "resumed": checkpoint is not None,
             "held_out": {k.removeprefix("eval_"): v for k, v in evaluation.items() if k.startswith("eval_")},
             "versions": versions(),
         }
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
         write_json(run / "summary.json", summary)
         held_out = summary["held_out"]
-        minutes, rest = divmod(seconds, 60)
+        minutes, rest = divmod(trained["seconds_training"], 60)
         say(f"held out: loss {held_out['loss']:.4f}, accuracy {held_out['rewards/accuracies']:.3f}")
         say(f"{summary['steps']} steps in {int(minutes)} min {rest:.0f} s; written: {run}/ (model/, summary.json)")
     return run

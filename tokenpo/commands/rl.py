@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -162,10 +160,10 @@ def fit(config: RLConfig, run: Path, reward: Callable[..., Any] | str) -> Path:
     import transformers
 
     from tokenpo.commands.compare import write_json
-    from tokenpo.commands.runs import save_model, say, versions
+    from tokenpo.commands.runs import run_training, save_model, say, versions
     from tokenpo.commands.train import load_policy
     from tokenpo.integrations.trl import TokenGRPOTrainer
-    from tokenpo.training import ProgressLine, StepClock, last_checkpoint
+    from tokenpo.training import ProgressLine
 
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)  # TRL's calls
@@ -174,25 +172,19 @@ def fit(config: RLConfig, run: Path, reward: Callable[..., Any] | str) -> Path:
     model = load_policy(config)  # type: ignore[arg-type]
     prepare_threads(model)
     check_lengths(config, rows, model, tokenizer)
-    clock = StepClock()
     trainer = TokenGRPOTrainer(
         model, score_with(reward, tokenizer) if isinstance(reward, str) else reward, arguments(config, run),
         train_dataset=rows, processing_class=tokenizer, advantages=config.advantages, objective=config.objective,
         critic=config.critic, sampling=config.sampling, stages=config.stages, correct_above=config.correct_above,
         reference=config.reference, load_reference=loader(config),  # type: ignore[arg-type]
         share_prompts=config.share_prompts,
-        run_folder=run, keep_rollouts=config.keep_rollouts, callbacks=[ProgressLine(), clock], **credit(config),
+        run_folder=run, keep_rollouts=config.keep_rollouts, callbacks=[ProgressLine()], **credit(config),
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     names = [entry if isinstance(entry, str) else entry["name"] for entry in config.advantages]
     say(f"{' + '.join(names)} under {config.objective['name']} on {len(rows)} prompts; run folder {run}")
     before = at_start(config, run, trainer, rows, reward)
-    checkpoint = last_checkpoint(run / "checkpoints") if config.resume else None
-    if checkpoint:
-        say(f"going on from {checkpoint}")
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - started
+    trained = run_training(trainer, run, resume=config.resume)
     logged = list(trainer.state.log_history)
     save_model(trainer, run / "model")
     after = measure(config, trainer, rows, reward) if config.samples else None
@@ -200,9 +192,7 @@ def fit(config: RLConfig, run: Path, reward: Callable[..., Any] | str) -> Path:
         return run
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
     summary = {
-        "advantages": config.advantages, "objective": config.objective, "steps": trainer.state.global_step,
-        "seconds_training": round(seconds, 2), "seconds_per_step": clock.seconds / max(clock.steps, 1),
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "resumed": checkpoint is not None,
+        "advantages": config.advantages, "objective": config.objective, **trained,
         "before": before, "after": after, "versions": {**versions(), "trl": importlib.import_module("trl").__version__},
     }  # fmt: skip
     show(summary, say)

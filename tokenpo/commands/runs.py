@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import platform
+import resource
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +144,29 @@ def training_arguments(config: TrainConfig | RewardConfig, run: Path, n_rows: in
         return TrainingArguments(**{**ours, **given})
     except (TypeError, ValueError, ImportError) as reason:
         raise InputError(f"trainer: {str(reason).strip().splitlines()[0]}") from reason
+
+
+def run_training(trainer: Any, run: Path, *, resume: bool) -> dict[str, Any]:
+    """Train, from the folder's last checkpoint where there is one; what every summary says of it.
+
+    `peak_memory_mb` is the process's until the last step, what came before training included.
+    """
+    from tokenpo.training import StepClock, last_checkpoint
+
+    clock = StepClock()
+    trainer.add_callback(clock)
+    checkpoint = last_checkpoint(run / "checkpoints") if resume else None
+    if checkpoint:
+        say(f"going on from {checkpoint}")
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return {
+        "steps": trainer.state.global_step,
+        "seconds_training": round(time.perf_counter() - started, 2),
+        "seconds_per_step": clock.seconds / max(clock.steps, 1),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "resumed": checkpoint is not None,
+    }
 
 
 def versions() -> dict[str, str]:

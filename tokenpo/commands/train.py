@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from tokenpo.commands.credit import attach_credit, check_credit, described, live
 from tokenpo.commands.first import check_teachers, load_teachers, missing_teachers, phase
 from tokenpo.commands.loading import load_tokenizer, model_folder, prepare_threads
 from tokenpo.commands.rows import load_rows
-from tokenpo.commands.runs import check_settings, open_run, save_model, say, training_arguments, versions
+from tokenpo.commands.runs import check_settings, open_run, run_training, save_model, say, training_arguments, versions
 from tokenpo.errors import InputError
 
 
@@ -77,7 +75,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
 
     from tokenpo.data.control_tokens import add_control_tokens, grow_embeddings
     from tokenpo.report import write_run_report
-    from tokenpo.training import PreferenceTrainer, ProgressLine, StepClock, last_checkpoint
+    from tokenpo.training import PreferenceTrainer, ProgressLine
 
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(config.seed)
@@ -94,7 +92,6 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     teachers = load_teachers(config, run, loss, model, tokenizer)
     prepare_threads(model)
     arguments = {k: v for k, v in config.loss.items() if k != "name"}
-    clock = StepClock()
     settings = training_arguments(config, run, n_rows=len(train_rows))
     reference: Any = config.reference
     if reference == "cache":
@@ -112,19 +109,14 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
         load_reference=loader(config),
         credit=live_credit(config, loss, model, train_rows),
         teachers=teachers,
-        callbacks=[ProgressLine(), clock],
+        callbacks=[ProgressLine()],
         share_prompts=config.share_prompts,
         tokens_per_batch=config.tokens_per_batch,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     say(f"{loss.name} on {len(train_rows)} pairs, {len(test_rows)} held out; run folder {run}")
     before = compare.before(config, run, trainer, test_pairs)
-    checkpoint = last_checkpoint(run / "checkpoints") if config.resume else None
-    if checkpoint:
-        say(f"going on from {checkpoint}")
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - started
+    trained = run_training(trainer, run, resume=config.resume)
     rows = list(trainer.state.log_history)  # before the evaluation below adds its own
     evaluation = trainer.evaluate()
     save_model(trainer, run / "model")
@@ -135,11 +127,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
         "reference": trainer.reference.mode if trainer.reference else "none",
         "kl_bounds": bounds(trainer),
         "start": trainer.start,
-        "steps": trainer.state.global_step,
-        "seconds_training": round(seconds, 2),
-        "seconds_per_step": clock.seconds / max(clock.steps, 1),
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "resumed": checkpoint is not None,
+        **trained,
         "held_out": {k.removeprefix("eval_"): v for k, v in evaluation.items() if k.startswith("eval_")},
         "bayes_rate": None if loss.kind == "prompt_pairs" else compare.bayes_rate(config, test_pairs),
         "before": before,

@@ -11,7 +11,6 @@ Not seen: what a kernel takes and gives back inside itself, and what depends on 
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,8 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from tokenpo.errors import InputError
 from tokenpo.statistics import hidden_before_head
@@ -30,21 +27,11 @@ from tokenpo.statistics.block_attention import MASKED, Group, Tree, masks_replac
 from tokenpo.statistics.head import output_module, text_config
 from tokenpo.statistics.layout import places_of
 from tokenpo.statistics.shared import choose_layout, pack, why_not
+from tokenpo.training.tally import Segment, Tally
 
 Batch = Mapping[str, Tensor]
 GROUPS = 8
 """Groups of rows that share a prompt, in a run without data."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of a step. Bytes: `kept`, by part, are alive at its end and were not at its start (or, if negative,
-    the other way round); `rise` is the most that was alive in between, above its start, and belongs to `part`."""
-
-    name: str
-    kept: Mapping[str, int]
-    rise: int
-    part: str
 
 
 @dataclass(frozen=True)
@@ -114,57 +101,6 @@ def given_shapes(model: nn.Module) -> nn.Module:
 def without_data() -> FakeTensorMode:
     """The context in which tensors have no data."""
     return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-class Tally(TorchDispatchMode):
-    """Counts the bytes of storages from the operator that makes them to their end; `mark` closes a segment.
-
-    What is there before, the model's own tensors, is not counted.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.live = self.peak = self.start = self.gradients = self.awaited = 0
-        self.held: dict[int, Any] = {}
-        self.segments: list[Segment] = []
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.held[tensor.untyped_storage()._cdata] = None
-        for parameter in self.trained:
-            if parameter.grad is not None:
-                self.count(parameter.grad)
-        self.head: nn.Parameter | None = None
-        self.mark("", "")
-        self.segments.clear()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self.count, out)
-        return out
-
-    def count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.held:
-            self.held[key] = weakref.ref(storage, functools.partial(self._gone, key, size))
-            self.live += size
-            self.peak = max(self.peak, self.live)
-        return tensor
-
-    def _gone(self, key: int, size: int, _: Any) -> None:
-        del self.held[key]
-        self.live -= size
-
-    def mark(self, name: str, part: str = "layer in work") -> None:
-        """What happened since the last mark is a segment called `name`; its rise belongs to `part`."""
-        gradients = sum(p.grad.untyped_storage().nbytes() for p in self.trained if p.grad is not None)
-        if self.head is not None and self.head.grad is None:
-            gradients += self.awaited  # the head's, which waits for the embedding's where both are one
-        grown = gradients - self.gradients
-        kept = {"activations": self.live - self.start - grown, "gradients": grown}
-        self.segments.append(Segment(name, kept, self.peak - self.start, part))
-        self.start = self.peak = self.live
-        self.gradients = gradients
 
 
 def training_pass(

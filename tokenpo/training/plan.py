@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tokenpo.errors import InputError
 from tokenpo.statistics.dense import REFERENCE_OUTPUTS
 from tokenpo.statistics.tiles import BLOCK_ROWS
-from tokenpo.training.dry_run import Segment, Sweeps
+from tokenpo.training.dry_run import Sweeps
+from tokenpo.training.tally import Segment
 
 PARTS = (
     "weights", "quantisation state", "adapters", "gradients", "optimiser", "reference", "teachers", "critic",

@@ -14,9 +14,10 @@ from torch._subclasses import FakeTensorMode
 from tokenpo.statistics.head import SOFTCAPS, output_module, text_config
 from tokenpo.statistics.linear import TILE_BYTES
 from tokenpo.training import plan
-from tokenpo.training.dry_run import Rows, Segment, Sweeps, layers_of, rows_of, scoring_pass, training_pass
+from tokenpo.training.dry_run import Rows, Sweeps, layers_of, rows_of, scoring_pass, training_pass
 from tokenpo.training.planned_model import four_bit_sizes
 from tokenpo.training.planned_shards import Shards, sharded_segments, sharded_standing
+from tokenpo.training.tally import Segment
 
 MODELS = ("adapter-off", "adapter", "copy")
 """References that are called; "logps" and "hidden" are read from a cache, "none" is none."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tokenpo.training.dry_run import Segment, layers_of
+from tokenpo.training.dry_run import layers_of
 from tokenpo.training.plan import size
+from tokenpo.training.tally import Segment
 
 SHARED_OUT = ("weights", "quantisation state", "adapters", "gradients", "optimiser")
 
