@@ -94,18 +94,20 @@ def test_settings_move_the_parts_that_they_should(numbers):
 
 
 def test_lengths_and_utilisation(numbers):
-    short = numbers("--gpu=24GB", "--prompt_tokens", "100", "--response_tokens=20", "max_length=256")
-    longer = numbers("--gpu=24GB", "--prompt_tokens=200", "--response_tokens=56", "max_length=256")
+    short = numbers("--tflops=165.2", "--prompt_tokens", "100", "--response_tokens=20", "max_length=256")
+    longer = numbers("--tflops=165.2", "--prompt_tokens=200", "--response_tokens=56", "max_length=256")
     assert short["peak"] < longer["peak"] and short["flops"] < longer["flops"]
-    twice = numbers("--gpu=24GB", "--utilisation=0.2", "--prompt_tokens=200", "--response_tokens=56", "max_length=256")
+    twice = numbers(
+        "--tflops=165.2", "--utilisation=0.2", "--prompt_tokens=200", "--response_tokens=56", "max_length=256"
+    )
     assert twice["seconds"] == pytest.approx(2 * longer["seconds"])
-    slow = numbers("--gpu=24GB", "--tflops=1.652", "--prompt_tokens=200", "--response_tokens=56", "max_length=256")
+    slow = numbers("--tflops=1.652", "--prompt_tokens=200", "--response_tokens=56", "max_length=256")
     assert slow["seconds"] == pytest.approx(100 * longer["seconds"])
 
 
 def test_online(plan, numbers, tmp_path):
     words = ["group_size=4", "batch_size=4", "accumulate=2", "max_new_tokens=64", "lora=4"]
-    grpo = numbers("--gpu", "h100", *words, rl=True)
+    grpo = numbers("--gpu", "1.2GB", *words, rl=True)
     assert grpo["what"] == "response" and grpo["seconds"] > 0 and grpo["largest"] % 2 == 0
     more = numbers(*words, "advantages=[ppo_gae]", "critic={}", rl=True)
     assert more["parts"]["critic"] > 0 and more["peak"] > grpo["peak"]

@@ -2,7 +2,8 @@
 
 Three parts, each made of cells (`tokenpo.commands.bench`): *scores*, every credit source, estimator and shaper on the
 same responses; *pairs*, preference pairs until a policy's implicit token rewards find the key letters of KeyTok;
-*updates*, policy updates until a policy scores half of what is possible there.
+*updates*, policy updates until a policy scores half of what is possible there. A fourth, *real*, runs only where it is
+asked for: credit by word on real text with a real model (`tokenpo.commands.bench_credit_real`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tokenpo.errors import InputError
 from tokenpo.methods import nearest
 
 PARTS = ("scores", "pairs", "updates")
+OPTIONAL = ("real",)
 
 
 @dataclass
@@ -32,7 +34,7 @@ class CreditBenchConfig:
     page: str | None = None
     """The page to write, its picture beside it; left out: credit_benchmark.md in the output."""
     parts: list[str] = field(default_factory=lambda: list(PARTS))
-    """Which parts: scores, pairs, updates."""
+    """Which parts: scores, pairs, updates, and real, which is added where model is given."""
     pairs: list[int] | None = None
     """Numbers of preference pairs, rising; left out: those of the size."""
     seeds: int | None = None
@@ -43,6 +45,18 @@ class CreditBenchConfig:
     """Policy updates at most; left out: 200, at full size 400."""
     workers: int = 2
     """Processes, each of one thread; 0: none beside this one."""
+    model: str | None = None
+    """For the part real: folder of a causal language model. scripts/real_data.py makes one, and the three below."""
+    train: str | None = None
+    """For the part real: preference pairs to train on, what sources read."""
+    test: str | None = None
+    """For the part real: held-out pairs, whose responses are scored."""
+    lexicon: str | None = None
+    """For the part real: a file of lines WORD TAB VALENCE, as VADER's, which credit is compared with."""
+    real_steps: int = 60
+    """For the part real: steps of 8 pairs of every training."""
+    held_out: int = 60
+    """For the part real: held-out pairs that are scored, from the beginning."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,8 @@ class Plan:
     `worlds`: name -> settings; the losses run on `wide`, plain DPO on every KeyTok. `counts` of pairs, of which the
     last is what models that sources read are trained on; `losses` and `runs`, left out: all. `groups` of 16 responses
     are scored, half as many beside `MAIN`, `few` of them in reviews, whose models take half the steps. `start_steps`,
-    `steps`, `model_steps`: of the start, of policies and of reward models.
+    `steps`, `model_steps`: of the start, of policies and of reward models. `real`: settings of the part on real text,
+    `real_models` what is trained for it.
     """
 
     worlds: Mapping[str, dict[str, Any]]
@@ -71,6 +86,8 @@ class Plan:
     parts: Sequence[str] = PARTS
     losses: Sequence[str] = ()
     runs: Sequence[str] = ()
+    real: Mapping[str, Any] | None = None
+    real_models: Sequence[str] = ()
 
 
 def keytok(length: int, tau: float = 1.0) -> dict[str, Any]:
@@ -121,16 +138,21 @@ def bench_credit(config: CreditBenchConfig) -> dict[str, Any]:
 
 def plan_of(config: CreditBenchConfig) -> Plan:
     """The plan of the size with the configuration's own numbers."""
+    from tokenpo.commands.bench_credit_real import MODELS, settings_of
+
     for part in config.parts:
-        if part not in PARTS:
-            raise InputError(f"parts has no '{part}'{nearest(part, PARTS)}")
-    for name, least in (("seeds", 1), ("steps", 1), ("updates", 1), ("workers", 0)):
+        if part not in (*PARTS, *OPTIONAL):
+            raise InputError(f"parts has no '{part}'{nearest(part, (*PARTS, *OPTIONAL))}")
+    least_of = {"seeds": 1, "steps": 1, "updates": 1, "workers": 0, "real_steps": 1, "held_out": 1}
+    for name, least in least_of.items():
         value = getattr(config, name)
         if value is not None and value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
     if config.pairs is not None and (config.pairs != sorted(set(config.pairs)) or min(config.pairs, default=0) < 2):
         raise InputError(f"pairs must be rising numbers from 2 on, got {config.pairs}")
-    plan = replace(PLANS[config.size], parts=tuple(p for p in PARTS if p in config.parts))
+    real = settings_of(config)
+    parts = tuple(p for p in PARTS if p in config.parts) + (OPTIONAL if real else ())
+    plan = replace(PLANS[config.size], parts=parts, real=real, real_models=MODELS[config.size] if real else ())
     given: dict[str, Any] = {
         "counts": config.pairs and tuple(config.pairs),
         "steps": config.steps,
@@ -148,10 +170,14 @@ def settings(plan: Plan) -> dict[str, Any]:
 
 def command(config: CreditBenchConfig) -> str:
     """What makes the page again."""
+    from tokenpo.commands.bench_credit_real import NEEDED
+
     words = [f"size={config.size}"]
     words += [f"{name}={getattr(config, name)}" for name in ("seeds", "steps", "updates") if getattr(config, name)]
     words += [f"pairs='{config.pairs}'"] if config.pairs else []
-    words += [f"parts='[{', '.join(config.parts)}]'"] if set(config.parts) != set(PARTS) else []
+    words += [f"parts='[{', '.join(config.parts)}]'"] if {*config.parts} - {*OPTIONAL} != {*PARTS} else []
+    words += [f"{name}={getattr(config, name)}" for name in NEEDED if getattr(config, name)]
+    words += [f"{name}={getattr(config, name)}" for name in ("real_steps", "held_out") if getattr(config, name) != 60]
     return f"tokenpo bench credit {' '.join(words)} page=docs/credit_benchmark.md"
 
 
@@ -164,7 +190,7 @@ def cells(plan: Plan) -> dict[str, Cell]:
     """Every cell of the plan, those that others wait for first."""
     found: dict[str, Cell] = {}
     for name, world in plan.worlds.items():
-        if world["task"] == "keytok" and (name == MAIN or set(plan.parts) != {"updates"}):
+        if world["task"] == "keytok" and {*plan.parts} & {"scores", "pairs", *(["updates"] if name == MAIN else [])}:
             _keytok_cells(found, plan, name, world)
         elif world["task"] != "keytok" and "scores" in plan.parts:
             _other_cells(found, plan, name, world)
@@ -174,6 +200,10 @@ def cells(plan: Plan) -> dict[str, Cell]:
         found["lexicons"] = Cell(lexicons, {"count": plan.lexicons}, cost=4.0)
     if "updates" in plan.parts:
         _update_cells(found, plan)
+    if plan.real is not None:
+        from tokenpo.commands import bench_credit_real
+
+        found |= bench_credit_real.cells(dict(plan.real), plan.real_models)
     return dict(sorted(found.items(), key=lambda item: _turn(item[0])))
 
 

@@ -23,6 +23,8 @@ REFERENCE: dict[str, dict[Any, list[float]]] = {
     "updates": {"grpo": [126, 169], "truth, alone": [47, 62], "truth, to go": [97, 158]},
 }
 """Figures measured before, by another implementation, on KeyTok with 32 letters: least and greatest over seeds."""
+REAL_REFERENCE = {"pooled_good": 0.60, "pooled_bad": 0.80, "pooled_any": 0.64}
+"""The same for `implicit` on rated snippets: SmolLM2-135M-Instruct, LoRA, 60 steps of DPO, 150 held-out pairs."""
 
 
 def collect(found: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
@@ -38,6 +40,9 @@ def collect(found: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     if "scores" in plan.parts:
         results["scores"] = {name: _scores(found, name) for name in plan.worlds}
         results["checks"] = _checks(results["scores"], found["lexicons"])
+    if plan.real is not None:
+        results["real"] = _real(found, plan)
+        results["checks"] = {**results.get("checks", {}), **_real_checks(results["real"]["rows"])}
     results["verdicts"] = verdicts(results)
     return results
 
@@ -133,6 +138,33 @@ def _checks(scores: Mapping[str, Any], lexicons: Mapping[str, Any]) -> dict[str,
     return found
 
 
+def _real(found: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Rows of the part on real text with their kinds, what is missing and why, the trained models, the texts."""
+    from tokenpo.commands.bench_credit_real_scores import excused
+
+    rows: dict[str, Any] = {}
+    missing = excused(plan.real_models)
+    kinds = {"real-sources-": "source", "real-estimators": "estimator", "real-baselines": "baseline"}
+    for name, cell in found.items():
+        kind = next((kind for prefix, kind in kinds.items() if name.startswith(prefix)), None)
+        if kind is not None:
+            rows |= {row: {"kind": kind, **figures} for row, figures in cell["rows"].items()}
+            missing |= cell.get("excused", {})
+    models = {name: found[f"real-model-{name}"] for name in plan.real_models}
+    texts = found["real-baselines"]["texts"]
+    return {"rows": rows, "excused": dict(sorted(missing.items())), "models": models, "texts": texts}
+
+
+def _real_checks(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """The lexicon finds its own words, and credit that is the same for all words finds none."""
+    found = {}
+    for what, row, wanted in (("oracle", "lexicon", 1.0), ("uniform", "equal words", 0.5)):
+        values = [rows[row][name] for name in ("good", "bad", "any") if name in rows[row]]
+        worst = max(values, key=lambda value, wanted=wanted: abs(value - wanted))
+        found[f"{what}, real text"] = {"auroc": worst, "wanted": wanted, "holds": worst == wanted}
+    return found
+
+
 # What was found against the aims.
 
 
@@ -149,6 +181,12 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
         told = [name for name in table if name.startswith("truth") or name.startswith("token_rewards")]
         said += _against(table, "grpo", "updates", "sequence-level GRPO", AIM_UPDATES, what, told)
         said += _published("updates", table, "policy updates to a score of 0.5 a letter")
+    if "implicit" in results.get("real", {}).get("rows", {}):
+        row = results["real"]["rows"]["implicit"]
+        before = ", ".join(f"{value:.2f}" for value in REAL_REFERENCE.values())
+        here = ", ".join(f"{row[name]:.2f}" if name in row else "none" for name in REAL_REFERENCE)
+        what = "pooled AUROC for good words, bad words, either"
+        said.append(f"Reference, plain DPO with a real model on rated snippets, {what}: {before} before, here {here}.")
     return said
 
 

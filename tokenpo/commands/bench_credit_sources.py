@@ -19,7 +19,7 @@ from tokenpo.commands.bench_credit_models import World, counted, file_of, load, 
 from tokenpo.commands.bench_credit_pairs import READINGS, Pool, ask, trained
 from tokenpo.commands.live import LIVE
 from tokenpo.commands.sources import NOT_SOURCES, SOURCES
-from tokenpo.data.reviews import sum_by_word
+from tokenpo.data.reviews import WORTHS, sum_by_word
 from tokenpo.data.tasks import SlipChain
 from tokenpo.evaluation.credit_bench import credit_figures, pearson
 from tokenpo.evaluation.credit_tasks import Responses, chosen_first, slipchain_responses
@@ -147,11 +147,13 @@ def scored(place: World | None, held: Responses, rows: Sequence[Any], values: Te
     return found
 
 
-def by_word(rows: Sequence[Any], values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def by_word(
+    rows: Sequence[Any], values: Tensor, worths: Mapping[str, float] = WORTHS
+) -> tuple[Tensor, Tensor, Tensor]:
     """Values summed by word, the words' worths and the mask, (2P, W) each."""
     sides = [(row, side) for side in ("chosen", "rejected") for row in rows]
     words = [
-        sum_by_word(row[f"{side}_text"], row[f"{side}_spans"], v[: len(row[f"{side}_spans"])].tolist())
+        sum_by_word(row[f"{side}_text"], row[f"{side}_spans"], v[: len(row[f"{side}_spans"])].tolist(), worths=worths)
         for (row, side), v in zip(sides, values, strict=True)
     ]
     width = max(map(len, words))
