@@ -5,11 +5,10 @@ What          phase 1 trains a reward model on pairs by Bradley-Terry; the diffe
 Paper         RED: Unleashing Token-Level Rewards from Holistic Feedback via Reward Redistribution,
               https://arxiv.org/abs/2411.08302
 Simplified    the paper pays the rewards to PPO: for that, give `credit=` of TokenGRPOTrainer a function that calls
-              `judge.token_rewards` (examples/rto.py shows the trainer); here they bend an offline loss; the 60 steps
-              are too few for a good judge
+              `judge.token_rewards` (examples/rto.py shows the trainer); here they bend an offline loss
 CPU toy       python examples/red_guided.py
-One GPU       python examples/red_guided.py --model FOLDER --data pairs.jsonl --steps 1000 --pairs 8 --judge-lr 1e-5 \
-              --lr 7e-7 --beta 0.1 --alpha 0.5
+One GPU       python examples/red_guided.py --model FOLDER --data pairs.jsonl --judge-steps 1000 --steps 1000 \
+              --pairs 8 --judge-lr 1e-5 --lr 7e-7 --beta 0.1 --alpha 0.5
 Several GPUs  accelerate launch --multi_gpu --num_processes 8 examples/red_guided.py (and the same arguments)
 """
 
@@ -29,10 +28,10 @@ from tokenpo.reward_models import Reading, RewardModel
 from tokenpo.training import PreferenceTrainer, RewardTrainer
 
 
-def settings(name, args, lr):
+def settings(name, args, steps, lr):
     return TrainingArguments(
-        f"runs/examples/{name}", max_steps=args.steps, per_device_train_batch_size=args.pairs, learning_rate=lr,
-        lr_scheduler_type="linear", warmup_steps=0.2, logging_steps=max(1, args.steps // 4), save_strategy="no",
+        f"runs/examples/{name}", max_steps=steps, per_device_train_batch_size=args.pairs, learning_rate=lr,
+        lr_scheduler_type="linear", warmup_steps=0.2, logging_steps=max(1, steps // 4), save_strategy="no",
         report_to="none", disable_tqdm=True, bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
 
@@ -58,7 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(embedded_model_path()))
     parser.add_argument("--data", default=None, help="JSONL of prompt, chosen, rejected")
-    parser.add_argument("--steps", type=int, default=60, help="of each phase")
+    parser.add_argument("--judge-steps", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=60, help="of the policy")
     parser.add_argument("--pairs", type=int, default=16, help="pairs a step and process")
     parser.add_argument("--judge-lr", type=float, default=1e-3)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -71,13 +71,14 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    pairs = load_preferences(args.data or embedded_pairs("train")[:2048]).train_test_split(test_size=0.1, seed=0)
+    pairs = load_preferences(args.data or embedded_pairs("train")[:4096]).train_test_split(test_size=0.1, seed=0)
     splits = {name: tokenize_preferences(part, tokenizer) for name, part in pairs.items()}
 
     judge = RewardModel.from_backbone(args.model, Reading("prefixes"), tokenizer)
     teacher = RewardTrainer(
-        judge, settings("red-judge", args, args.judge_lr), train_dataset=splits["train"], eval_dataset=splits["test"]
-    )
+        judge, settings("red-judge", args, args.judge_steps, args.judge_lr), train_dataset=splits["train"],
+        eval_dataset=splits["test"],
+    )  # fmt: skip
     teacher.train()
     of_judge = teacher.evaluate()
     judge.eval()
@@ -90,7 +91,7 @@ def main() -> None:
 
     before = reward()
     trainer = PreferenceTrainer(
-        policy, settings("red", args, args.lr), train_dataset=splits["train"], eval_dataset=splits["test"],
+        policy, settings("red", args, args.steps, args.lr), train_dataset=splits["train"], eval_dataset=splits["test"],
         tokenizer=tokenizer, loss="tgdpo", loss_args={"beta": args.beta, "alpha": args.alpha},
     )  # fmt: skip
     trainer.train()

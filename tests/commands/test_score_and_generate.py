@@ -130,3 +130,30 @@ def test_help_explains_every_setting(command, capsys):
     config = getattr(module, f"{command.title()}Config")
     for field in dataclasses.fields(config):
         assert f"--{field.name}" in text
+
+
+def test_an_adapter_is_compared_with_the_four_bits_it_was_trained_on(model_folder, pairs_file, tmp_path):
+    """A fresh adapter changes nothing: every difference would be that of quantisation."""
+    from peft import LoraConfig, get_peft_model
+
+    from tokenpo.commands.loading import load_model, load_tokenizer, remember_quantization
+
+    policy = get_peft_model(
+        load_model(str(model_folder), "float32", "nf4"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    )
+    adapter = tmp_path / "adapter"
+    policy.save_pretrained(adapter)
+    load_tokenizer(str(model_folder)).save_pretrained(adapter)
+    remember_quantization(policy, adapter)
+    whole, packed = (load_model(str(model_folder), "float32", bits) for bits in (None, "nf4"))
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert not torch.allclose(whole(ids).logits, packed(ids).logits, atol=1e-4)
+    words = [str(adapter), str(pairs_file), f"reference={model_folder}"]
+    assert main(["score", *words, f"output={tmp_path / 'scores.jsonl'}"]) == 0
+    assert main(["inspect", *words, "credit=implicit", "pairs=4", "show=0", "formats=jsonl", f"output={tmp_path}"]) == 0
+    for row in read(tmp_path / "scores.jsonl"):
+        assert row["chosen"]["rewards"] == pytest.approx([0.0] * len(row["chosen"]["ids"]), abs=1e-6)
+    for row in read(tmp_path / "tokens.jsonl"):
+        assert row["credit/implicit"] == pytest.approx([0.0] * len(row["tokens"]), abs=1e-6)
+        assert row["logp_change"] == pytest.approx([0.0] * len(row["tokens"]), abs=1e-6)

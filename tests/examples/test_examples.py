@@ -29,7 +29,7 @@ SMALL = {
     "cdpo_critical_tokens.py": "--steps 4 --pairs 8 --per-prompt 2 --checked 1 --rollouts 4 --tokens 48",
     "treg_self_rewards.py": "--steps 12 --lr 3e-4 --samples 4 --data PAIRS",
     "rto.py": "--steps 2 --pairs 8 --updates 2 --rollouts 8 --tokens 16 --samples 4 --data PAIRS",
-    "red_guided.py": "--steps 12 --lr 2e-4 --samples 4 --data PAIRS",
+    "red_guided.py": "--judge-steps 12 --steps 12 --lr 2e-4 --samples 4 --data PAIRS",
     "new_method.py": "--steps 12 --lr 2e-4 --data PAIRS",
     "trl_dpo.py": "--steps 12 --lr 1e-4 --data PAIRS",
     "trl_grpo.py": "--steps 2 --rollouts 16 --group 8 --tokens 32 --samples 8",

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenpo.commands.loading import load_model, load_tokenizer, model_folder, prepare_threads, require_tokenizer
+from tokenpo.commands.loading import (
+    four_bits_under,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    prepare_threads,
+    require_tokenizer,
+)
 from tokenpo.data.control_tokens import CONTROLS, GOOD, control_length, controlled_prompt
 from tokenpo.errors import InputError
 
@@ -118,7 +125,10 @@ def searched(config: GenerateConfig, model: Any, tokenizer: Any, prompts: list[A
     """The best response of a beam search, its score, and against a reference its implicit reward."""
     from tokenpo.evaluation import beam_search, sequence_rewards
 
-    reference = None if config.reference is None else load_model(config.reference, config.dtype).eval()
+    reference = None
+    if config.reference is not None:
+        bits = four_bits_under(config.reference, [config.model])
+        reference = load_model(config.reference, config.dtype, bits).eval()
     rows = []
     for prompt in prompts:
         best = beam_search(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,17 @@ def _quantized_under(folder: str) -> str | None:
     """What the base of the adapter in `folder` was quantised to when it was trained, if that is known."""
     file = Path(folder) / BASE
     return json.loads(file.read_text())["quantize"] if file.is_file() else None
+
+
+def four_bits_under(name: str, adapters: Iterable[str]) -> str | None:
+    """What `name` is quantised to where one of `adapters` was trained on it so: both are compared on one base then."""
+    from peft import PeftConfig
+
+    for folder in map(model_folder, filter(has_adapter, adapters)):
+        base = str(PeftConfig.from_pretrained(folder).base_model_name_or_path)
+        if model_folder(base) == model_folder(name):
+            return _quantized_under(folder)
+    return None
 
 
 def load_tokenizer(name: str) -> Any:

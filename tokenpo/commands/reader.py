@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenpo.commands.config import TrainConfig
-from tokenpo.commands.loading import first_line, load_model, model_folder, prepare_threads
+from tokenpo.commands.loading import first_line, four_bits_under, load_model, model_folder, prepare_threads
 from tokenpo.errors import InputError
 from tokenpo.reward_models import RewardModel
 from tokenpo.reward_models.model import FIELD
@@ -111,8 +111,9 @@ def attending_model(job: Job, key: str) -> Any:
 
 
 def _causal(job: Job, name: str) -> Any:
-    """In four bits where the policy is and it is the policy's own, so that one model has one opinion."""
-    return load_model(name, _dtype(job), job.config.quantize if name == job.config.model else None)
+    """In four bits where the policy is and it is the policy's own, or under an adapter: one model has one opinion."""
+    own = job.config.quantize if name == job.config.model else None
+    return load_model(name, _dtype(job), own or four_bits_under(name, [job.config.model, *job.folders.values()]))
 
 
 def _body(job: Job, key: str) -> Any:

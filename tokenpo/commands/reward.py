@@ -11,7 +11,15 @@ from tokenpo.commands.compare import write_json
 from tokenpo.commands.loading import load_tokenizer, model_folder, prepare_threads
 from tokenpo.commands.merging import merged
 from tokenpo.commands.reward_config import RewardConfig
-from tokenpo.commands.runs import check_settings, open_run, run_training, say, training_arguments, versions
+from tokenpo.commands.runs import (
+    check_settings,
+    last_evaluation,
+    open_run,
+    run_training,
+    say,
+    training_arguments,
+    versions,
+)
 from tokenpo.errors import InputError, TokenpoError
 from tokenpo.methods import nearest
 
@@ -74,7 +82,7 @@ def fit(config: RewardConfig, run: Path, reading: Any) -> Path:
     say(f"{reading.name} on {len(train_rows)} rows, {len(test_rows)} held out; run folder {run}")
     trained = run_training(trainer, run, resume=config.resume)
     logged = list(trainer.state.log_history)
-    evaluation = trainer.evaluate()
+    evaluation = last_evaluation(trainer)
     if trainer.is_world_process_zero():
         network = trainer.accelerator.unwrap_model(trainer.model)
         model.network = network if config.lora is None else merged(network)
@@ -86,7 +94,7 @@ def fit(config: RewardConfig, run: Path, reading: Any) -> Path:
             "reading": model.reading.as_dict(),
             **trained,
             "rows": {"train": len(train_rows), "held_out": len(test_rows)},
-            "held_out": {k.removeprefix("eval_"): v for k, v in evaluation.items() if k.startswith("eval_")},
+            "held_out": {k.removeprefix("eval_"): v for k, v in evaluation.items()},
             "versions": versions(),
         }
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))

@@ -169,6 +169,14 @@ def run_training(trainer: Any, run: Path, *, resume: bool) -> dict[str, Any]:
     }
 
 
+def last_evaluation(trainer: Any) -> dict[str, float]:
+    """The held-out figures of the trained model: those of the last step where it was evaluated there."""
+    rows = trainer.state.log_history
+    there = [row for row in rows if "eval_loss" in row and row["step"] == trainer.state.global_step]
+    found = there[-1] if there else trainer.evaluate()
+    return {k: v for k, v in found.items() if k.startswith("eval_")}
+
+
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 

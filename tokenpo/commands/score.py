@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenpo.commands.loading import load_model, load_tokenizer, prepare_threads
+from tokenpo.commands.loading import four_bits_under, load_model, load_tokenizer, prepare_threads
 from tokenpo.errors import InputError
 
 
@@ -66,7 +66,8 @@ def score(config: ScoreConfig) -> Path:
     reference = None
     if config.reference is not None:
         outputs.append("ref_kl")
-        other = load_model(config.reference, config.dtype).eval()
+        bits = four_bits_under(config.reference, [config.model])
+        other = load_model(config.reference, config.dtype, bits).eval()
         head = LinearHead.of(other)
 
         def reference(batch: Any) -> Any:

@@ -16,7 +16,16 @@ from tokenpo.commands.credit import attach_credit, check_credit, described, live
 from tokenpo.commands.first import check_teachers, load_teachers, missing_teachers, phase
 from tokenpo.commands.loading import load_tokenizer, model_folder, prepare_threads
 from tokenpo.commands.rows import load_rows
-from tokenpo.commands.runs import check_settings, open_run, run_training, save_model, say, training_arguments, versions
+from tokenpo.commands.runs import (
+    check_settings,
+    last_evaluation,
+    open_run,
+    run_training,
+    save_model,
+    say,
+    training_arguments,
+    versions,
+)
 from tokenpo.errors import InputError
 
 
@@ -118,7 +127,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
     before = compare.before(config, run, trainer, test_pairs)
     trained = run_training(trainer, run, resume=config.resume)
     rows = list(trainer.state.log_history)  # before the evaluation below adds its own
-    evaluation = trainer.evaluate()
+    evaluation = last_evaluation(trainer)
     save_model(trainer, run / "model")
     after = compare.after(config, trainer, test_pairs)
     summary = {
@@ -128,7 +137,7 @@ def fit(config: TrainConfig, run: Path, loss: methods.Method) -> Path:
         "kl_bounds": bounds(trainer),
         "start": trainer.start,
         **trained,
-        "held_out": {k.removeprefix("eval_"): v for k, v in evaluation.items() if k.startswith("eval_")},
+        "held_out": {k.removeprefix("eval_"): v for k, v in evaluation.items()},
         "bayes_rate": None if loss.kind == "prompt_pairs" else compare.bayes_rate(config, test_pairs),
         "before": before,
         "after": after,
