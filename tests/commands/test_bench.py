@@ -103,6 +103,7 @@ def test_changed_settings_and_foreign_folders_are_refused(tmp_path):
         (["credit", "parts=[pair]"], "parts has no 'pair': did you mean 'pairs'"),
         (["credit", "pairs=[64,32]"], "pairs must be rising numbers"),
         (["credit", "seeds=0"], "seeds must be at least 1, got 0"),
+        (["credit", "seeds_of.tdpo=2"], "seeds_of has no 'tdpo': did you mean "),
         (["credit", "size=medium"], "size"),
         (["credit", "stepps=3"], "there is no setting 'stepps': did you mean 'steps'"),
     ],
@@ -201,6 +202,17 @@ def test_a_run_is_deterministic_and_goes_on(whole, tmp_path, monkeypatch, capsys
     assert {f: f.stat().st_mtime_ns for f in first.iterdir()} == before
     assert main(["bench", "credit", f"output={whole / 'run'}", "workers=0", "steps=2"]) == 2
     assert "whose steps was 1, now 2" in capsys.readouterr().err
+
+
+def test_single_losses_and_runs_may_have_more_seeds():
+    from dataclasses import replace
+
+    plain, more = command.cells(TINY), command.cells(replace(TINY, seeds_of={"tgdpo": 2, "ktae": 3}))
+    added = {name for name in more if name not in plain}
+    tgdpo = {f"keytok-T32-pairs-tgdpo-n{count}-s1" for count in (4, 6)}
+    third = {"keytok-T32-start-s2", "keytok-T32-dpo-dpo-n4-s2", "keytok-T32-dpo-dpo-n6-s2"}
+    assert added == tgdpo | third | {f"keytok-T32-updates-ktae-s{seed}" for seed in (1, 2)}
+    assert {name: more[name] for name in plain} == plain
 
 
 def test_every_preference_loss_has_a_run_or_a_reason():

@@ -138,3 +138,18 @@ def test_what_is_half_made_does_not_count(tmp_path):
         real_data.made(tmp_path / "rows", broken)
     assert not (tmp_path / "rows").exists()
     assert list(real_data.made(tmp_path / "rows", lambda: {"train": [{"a": 1}]})) == ["train"]
+
+
+def test_the_material_of_the_credit_benchmark_is_said_to_be_where_it_lies(tmp_path, monkeypatch, capsys):
+    def made(folder, *, pairs, held_out):
+        assert (pairs, held_out) == (8, 4)
+        return real_data.smoke(folder, pairs=pairs, held_out=held_out)
+
+    monkeypatch.setattr(real_data, "real", made)
+    real_data.main(["--folder", str(tmp_path / "real"), "--pairs", "8", "--held-out", "4"])
+    words = capsys.readouterr().out.replace("\\\n", "").split()
+    assert words[:3] == ["tokenpo", "bench", "credit"]
+    given = dict(word.split("=") for word in words[3:])
+    assert list(given) == ["model", "train", "test", "lexicon"]
+    assert len(Path(given["train"]).read_text().splitlines()) == 8
+    assert given["lexicon"] == str(tmp_path / "real" / "packages" / "vader" / "vaderSentiment" / "vader_lexicon.txt")

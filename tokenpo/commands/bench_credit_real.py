@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenpo.commands.bench import Cell
-from tokenpo.commands.loading import load_tokenizer, model_folder
+from tokenpo.commands.loading import load_tokenizer, model_folder, require_tokenizer
 from tokenpo.errors import InputError
+from tokenpo.methods import nearest
 
 Settings = dict[str, Any]
 
@@ -63,7 +64,7 @@ def settings_of(config: Any) -> Settings | None:
             "python scripts/real_data.py makes all four"
         )
     found: Settings = {name: getattr(config, name) for name in NEEDED}
-    found |= {"steps": config.real_steps, "held_out": config.held_out}
+    found |= {"steps": config.real_steps, "held_out": config.held_out, "trained": config.trained}
     _check(found)
     return {**found, "files": [_fingerprint(found[name]) for name in NEEDED[1:]]}
 
@@ -74,6 +75,12 @@ def _check(real: Settings) -> None:
 
     model_folder(real["model"])
     tokenizer = load_tokenizer(real["model"])
+    for name, run in real["trained"].items():
+        if name not in MODELS["full"]:
+            raise InputError(f"trained has no '{name}'{nearest(name, MODELS['full'])}")
+        if not (Path(run) / "summary.json").is_file():
+            raise InputError(f"trained.{name}: {run} holds no finished run of tokenpo")
+        require_tokenizer(f"{run}/model", tokenizer)
     pairs, worths = held_out_pairs(real), lexicon_of(real)
     load_pairs(real["train"], "train")
     row = tokenize_pair(pairs[0], tokenizer)
@@ -120,7 +127,8 @@ def _fingerprint(source: str) -> str:
 
 def cells(real: Settings, models: Sequence[str]) -> dict[str, Cell]:
     """A cell a model, a cell for the sources that read the same ones, and one each for what reads none of them."""
-    from tokenpo.commands.bench_credit_real_scores import baselines, estimators, groups, live, sources
+    from tokenpo.commands.bench_credit_real_groups import baselines, estimators
+    from tokenpo.commands.bench_credit_real_scores import groups, live, sources
 
     costs = {"guide": 200.0, "positive": 140.0, "negative": 140.0, "masks": 250.0}
     found = {
@@ -141,7 +149,7 @@ def cells(real: Settings, models: Sequence[str]) -> dict[str, Cell]:
 
 def train(folder: str, real: Settings, name: str) -> dict[str, Any]:
     """Train the model called `name`; what its run says of it."""
-    run = run_of(folder, name)
+    run = run_of(folder, name, real)
     if not (run / "summary.json").exists():
         with _logged(run.with_suffix(".txt")):
             _command(name)(_configuration(folder, real, name))
@@ -153,9 +161,10 @@ def train(folder: str, real: Settings, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_of(folder: str | Path, name: str) -> Path:
-    """The run of the model called `name`; the model lies in its `model`."""
-    return Path(folder) / "models" / "real" / name
+def run_of(folder: str, name: str, real: Mapping[str, Any]) -> Path:
+    """The run of the model called `name`: the one given, or its own; the model lies in its `model`."""
+    given = real["trained"].get(name)
+    return Path(given) if given else Path(folder) / "models" / "real" / name
 
 
 def _command(name: str) -> Callable[[Any], Any]:
@@ -174,7 +183,7 @@ def _configuration(folder: str, real: Settings, name: str) -> Any:
         "model": real["model"], "train": real["train"], "test": str(_held_out_file(folder, real)),
         "max_length": MAX_LENGTH, "lora": RANK, "learning_rate": LEARNING_RATE, "batch_size": PAIRS,
         "max_steps": steps, "log_every": max(1, steps // 12), "save_every": max(1, steps // 3),
-        "trainer": {"warmup_steps": steps // 12, "eval_delay": steps + 1}, "output": str(run_of(folder, name)),
+        "trainer": {"warmup_steps": steps // 12, "eval_delay": steps + 1}, "output": str(run_of(folder, name, real)),
     }  # fmt: skip
     if name in POLICIES:
         return TrainConfig(**{**common, "samples": 0, **POLICIES[name]})
@@ -183,7 +192,7 @@ def _configuration(folder: str, real: Settings, name: str) -> Any:
 
 def _held_out_file(folder: str, real: Settings) -> Path:
     """The pairs that are scored, for the accuracy of what is trained; written beside and moved into place."""
-    file = run_of(folder, "held_out.jsonl")
+    file = Path(folder) / "models" / "real" / "held_out.jsonl"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_suffix(f".{os.getpid()}.part")

@@ -1,4 +1,4 @@
-"""Cells of the part on real text that score the held-out responses: credit sources, estimators, and what checks them.
+"""Cells of the part on real text that score the held-out responses by credit sources.
 
 Sources that read the same models share what these say: it is computed once, and its processor time and its passes
 count for each that reads it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from tokenpo import credit as rules
-from tokenpo.advantages import compose
 from tokenpo.commands.bench_credit_models import Passes, counted
 from tokenpo.commands.bench_credit_real import (
     BETA,
@@ -31,7 +30,15 @@ from tokenpo.commands.bench_credit_real import (
     lexicon_of,
     run_of,
 )
-from tokenpo.commands.bench_credit_sources import FOLDERS, NAMES, UNABLE, VARIANTS, all_excused, by_word, configurations
+from tokenpo.commands.bench_credit_sources import (
+    EXCUSED,
+    FOLDERS,
+    SPANS,
+    UNABLE,
+    VARIANTS,
+    all_excused,
+    by_word,
+)
 from tokenpo.commands.config import TrainConfig
 from tokenpo.commands.inputs import INPUTS
 from tokenpo.commands.live import LIVE
@@ -39,17 +46,21 @@ from tokenpo.commands.loading import load_model, load_tokenizer
 from tokenpo.commands.reader import Job, Reader
 from tokenpo.commands.sources import NOT_SOURCES, SOURCES
 from tokenpo.evaluation.word_credit import valence_figures
-from tokenpo.statistics import response_states, response_stats, stats_of_states
+from tokenpo.statistics import response_states, stats_of_states
 
 START = "start"
-SIZE = 16
-"""Responses of one prompt that make a group for estimators."""
 EXPLAINED: list[tuple[str, str, dict[str, Any], dict[str, str]]] = [
     ("explainable_dense (1 permutation)", "explainable_dense", {"permutations": 1}, FOLDERS["explainable_dense"]),
     ("explainable_dense (LIME, 24 coalitions)", "explainable_dense",
      {"shapley_weight": 0.0, "lime_weight": 0.5, "lime_samples": 24}, FOLDERS["explainable_dense"]),
 ]  # fmt: skip
 """A real model allows about as many scores of parts of a response as it has tokens."""
+
+OTHERWISE = {
+    SPANS: "reads annotated error spans, and these texts have none",
+    EXCUSED["overlong"]: "changes rewards of responses that are too long, and none is",
+}
+"""Reasons that are others here than on tasks made for it."""
 
 
 class Row(NamedTuple):
@@ -80,7 +91,8 @@ def excused(models: Sequence[str]) -> dict[str, str]:
         if not set(row.models.values()) - {START} <= set(models)
     }
     learns = {n: "its network trains beside a policy of its own, with size=full" for n, s in LIVE.items() if s.learns}
-    return {**NOT_SOURCES, **UNABLE["reviews"], **all_excused(), **left, **({} if "masks" in models else learns)}
+    known = {**NOT_SOURCES, **UNABLE["reviews"], **all_excused(), **left, **({} if "masks" in models else learns)}
+    return {name: OTHERWISE.get(why, why) for name, why in known.items()}
 
 
 def _rows() -> dict[str, Row]:
@@ -140,9 +152,10 @@ class Held:
         words, worths, mask = by_word(self.rows, values, self.worths)
         return valence_figures(words, worths, mask, sizes=sizes)
 
-    def cost(self, seconds: float, passes: float) -> dict[str, float]:
-        """Milliseconds of the processor and passes through a model, a response."""
-        return {"milliseconds": 1e3 * seconds / len(self.mask), "passes": passes / len(self.mask)}
+    def cost(self, spent: Tensor) -> dict[str, float]:
+        """Milliseconds of the processor and passes through a model, a response, of (2,) seconds and passes."""
+        seconds, passes = (spent / len(self.mask)).tolist()
+        return {"milliseconds": 1e3 * seconds, "passes": passes}
 
 
 # Sources.
@@ -159,50 +172,52 @@ def sources(folder: str, real: Settings, group: str) -> dict[str, Any]:
         for name, row in rows.items():
             config = TrainConfig(model=START, seed=0)
             job = Job(config, Path("."), held.rows, held.rows, held.tokenizer, row.models, BETA, kept)
-            values, seconds, through = [], 0.0, 0.0
+            values, cost = [], torch.zeros(2, dtype=torch.float64)
             for (batch, few), store in zip(held.parts, stores, strict=True):
                 reader = Shared(job, batch, few, store, passes)
                 ask = functools.partial(SOURCES[row.source].score, reader, **row.settings)
-                scored, own, own_passes = spent(ask, passes)
+                scored, own = spent(ask, passes)
                 values.append(scored)
-                seconds, through = seconds + own + reader.seconds, through + own_passes + reader.passes
-            field = SOURCES[row.source].field
-            found[name] = held.figures(held.joined(values), field) | held.cost(seconds, through)
+                cost += own + reader.charged
+            found[name] = held.figures(held.joined(values), SOURCES[row.source].field) | held.cost(cost)
     return {"rows": found}
 
 
-def spent(work: Callable[[], Any], passes: Passes) -> tuple[Any, float, int]:
-    """What `work` returns, its seconds of the processor, and the rows that went through models meanwhile."""
+def spent(work: Callable[[], Any], passes: Passes) -> tuple[Any, Tensor]:
+    """What `work` returns, and (2,) its seconds of the processor and the rows that went through models meanwhile."""
     begin, before = time.process_time(), passes.rows
     found = work()
-    return found, time.process_time() - begin, passes.rows - before
+    return found, torch.tensor([time.process_time() - begin, passes.rows - before], dtype=torch.float64)
 
 
 class Shared(Reader):
     """A reader of one batch that finds in `store` what others have asked of the same models.
 
-    `seconds`, `passes`: what was found there had cost when it was computed.
+    `charged` (2,): seconds and passes that the values found there cost when they were computed, each of them once.
     """
 
     def __init__(self, job: Job, batch: Any, rows: Any, store: dict[Any, Any], counter: Passes) -> None:
         super().__init__(job, batch, rows)
         self.store, self.counter = store, counter
-        self.seconds, self.passes = 0.0, 0.0
+        self.charged, self.inside = torch.zeros(2, 2, dtype=torch.float64).unbind()
+        self.asked: list[str] = []
 
     def __call__(self, name: str) -> Tensor:
+        self.asked.append(name)
+        key = (name, *sorted(self.job.folders.items()))
         if name in self.found:
             return self.found[name]
-        key = (name, *sorted(self.job.folders.items()))
         if key in self.store:
-            value, seconds, passes = self.store[key]
-            self.seconds, self.passes = self.seconds + seconds, self.passes + passes
-        else:
-            before = self.seconds, self.passes
-            value, seconds, passes = spent(functools.partial(INPUTS[name], self), self.counter)
-            inside = self.seconds - before[0], self.passes - before[1]  # found while this was computed
-            self.store[key] = value, seconds + inside[0], passes + inside[1]
-        self.found[name] = value
-        return value
+            self.found[name], own, below = self.store[key]
+            self.charged = self.charged + own
+            for other in below:  # what it was made of had its own cost
+                self(other)
+            return self.found[name]
+        outer, before, self.asked = self.asked, self.inside, []
+        self.found[name], cost = spent(functools.partial(INPUTS[name], self), self.counter)
+        self.store[key] = self.found[name], cost - (self.inside - before), tuple(self.asked)
+        self.asked, self.inside = outer, before + cost
+        return self.found[name]
 
 
 def _models(folder: str, real: Settings, rows: Any) -> dict[Any, Any]:
@@ -212,9 +227,9 @@ def _models(folder: str, real: Settings, rows: Any) -> dict[Any, Any]:
     wanted = {START, *(name for row in rows for name in row.models.values())}
     kept: dict[Any, Any] = {("causal", START): load_model(real["model"]).eval()}
     for name in sorted(wanted & set(POLICIES)):
-        kept["causal", name] = load_model(str(run_of(folder, name) / "model")).eval()
+        kept["causal", name] = load_model(str(run_of(folder, name, real) / "model")).eval()
     for name in sorted(wanted & set(REWARD_MODELS)):
-        kept["reward", name] = RewardModel.from_pretrained(run_of(folder, name) / "model")
+        kept["reward", name] = RewardModel.from_pretrained(run_of(folder, name, real) / "model")
     if ("reward", "implicit") in kept:
         kept["causal", "implicit"] = kept["reward", "implicit"].network
     if ("reward", "bradley_terry") in kept:
@@ -237,7 +252,7 @@ def live(folder: str, real: Settings, policy: str) -> dict[str, Any]:
     from tokenpo.reference import make_reference
 
     held, begin = Held(real), load_model(real["model"]).eval()
-    trained = load_model(str(run_of(folder, policy) / "model")).eval()
+    trained = load_model(str(run_of(folder, policy, real) / "model")).eval()
     reference = make_reference(f"model:{START}", trained, load=lambda name: begin)
     assert reference is not None
     asked = {}
@@ -246,108 +261,18 @@ def live(folder: str, real: Settings, policy: str) -> dict[str, Any]:
             asked[name] = source.make(source.gives if source.learns else source.gives[:1], begin.config)
             if source.learns:
                 asked[name].module.load_state_dict(
-                    load_file(run_of(folder, policy) / "model" / "companion.safetensors")
+                    load_file(run_of(folder, policy, real) / "model" / "companion.safetensors")
                 )
     values: dict[str, list[Tensor]] = {name: [] for name in asked}
-    costs = {name: [0.0, 0] for name in asked}
+    costs = {name: torch.zeros(2, dtype=torch.float64) for name in asked}
     for batch, _ in held.parts:
         states = response_states(trained, batch, functools.partial(reference.score, trained))
         stats = stats_of_states(states, batch, ("logps",))
         for name, source in asked.items():
             with reference.enter(trained) as read, counted([read, trained]) as passes:
                 work = functools.partial(source.attach, stats, states, trained, batch, reference)
-                found, seconds, rows = spent(work, passes)
+                found, cost = spent(work, passes)
             values[name].append(getattr(found, source.fields[0]))
-            costs[name] = [costs[name][0] + seconds, costs[name][1] + rows]
-    return {"rows": {n: held.figures(held.joined(v), asked[n].fields[0]) | held.cost(*costs[n])
-                     for n, v in values.items()}}  # fmt: skip
-
-
-# Estimators.
-
-
-@torch.no_grad()
-def estimators(folder: str, real: Settings) -> dict[str, Any]:
-    """Every estimator, and every shaper on GRPO, with reward 1 for chosen and 0 for rejected responses."""
-    held = Held(real)
-    known = {**_statistics(real, held), **_values(folder, held), "step": 0}
-    rewards = torch.tensor([1.0, 0.0]).repeat_interleave(len(held.rows))
-    group = _groups(held.rows)
-    known |= {"answer_ids": rewards.long(), "ref_rewards": torch.full_like(rewards, 0.5)}
-    found, missing = {}, {}
-    for row, config in configurations().items():
-        composed = compose(config, available=NAMES)
-        lacking = [need for need in composed.needs if known.get(need) is None]
-        if lacking:
-            missing[row] = LACKING.get(lacking[0], f"reads {lacking[0]}, which nothing here gives")
-            continue
-        ask = functools.partial(composed, rewards, group, held.mask, **known)
-        result, seconds, _ = spent(ask, Passes())
-        found[row] = held.figures(result.advantages) | held.cost(seconds, 0)
-    return {"rows": found, "excused": missing}
-
-
-WIDE = "reads numbers for the whole vocabulary, of every token of a group"
-LACKING = {
-    "token_rewards": "passes on the token rewards it is given: those of the sources are in rows of their own",
-    **dict.fromkeys(("hidden", "errors", "error_ids", "disagreement"), WIDE),
-}
-
-
-def _groups(rows: Sequence[Mapping[str, Any]]) -> Tensor:
-    """(2P,) neighbours with the same prompt, at most `SIZE` responses."""
-    ids, size = [0], 1
-    for before, row in zip(rows, rows[1:], strict=False):
-        starts = row["prompt"] != before["prompt"] or 2 * size >= SIZE
-        ids.append(ids[-1] + starts)
-        size = 1 if starts else size + 1
-    return torch.tensor(ids).repeat(2)
-
-
-def _statistics(real: Settings, held: Held) -> dict[str, Tensor]:
-    """Tokens, log-probs and entropies of the model that everything starts from."""
-    model = load_model(real["model"]).eval()
-    found: dict[str, list[Tensor]] = {"tokens": [], "old_logps": [], "entropy": []}
-    for batch, rows in held.parts:
-        stats = response_stats(model, batch, ("logps", "entropy"))
-        found["old_logps"].append(stats.logps)
-        found["entropy"].append(stats.require("entropy"))
-        ids = [torch.tensor(row[f"{side}_ids"]) for side in ("chosen", "rejected") for row in rows]
-        found["tokens"].append(torch.nn.utils.rnn.pad_sequence(ids, batch_first=True))
-    joined = {name: held.joined(values) for name, values in found.items()}
-    return {**joined, "tokens": joined["tokens"].long()}
-
-
-def _values(folder: str, held: Held) -> dict[str, Tensor]:
-    """Chances of being chosen, of every prefix, by the reward model trained on outcomes."""
-    from tokenpo.reward_models import RewardModel
-
-    model = RewardModel.from_pretrained(run_of(folder, "values") / "model")
-    parts = [model.prefix_values(batch) for batch, _ in held.parts]
-    after = held.joined([values[:, 1:] for values in parts])
-    first = torch.cat([torch.cat([values[:, :1].chunk(2)[side] for values in parts]) for side in (0, 1)])
-    whole = torch.cat([first, after], 1)
-    return {"values": whole[:, :-1], "prefix_values": whole}
-
-
-# What checks the harness.
-
-
-@torch.no_grad()
-def baselines(real: Settings) -> dict[str, Any]:
-    """The lexicon itself, the same credit for all words, chance, surprisal and entropy; and what the texts are."""
-    held = Held(real)
-    zeros = torch.zeros(held.mask.shape)
-    _, worths, mask = by_word(held.rows, zeros, held.worths)
-    found = {
-        "lexicon": valence_figures(worths, worths, mask),
-        "equal words": valence_figures(torch.ones_like(worths), worths, mask),
-        "random": held.figures(torch.rand(held.mask.shape, generator=torch.Generator().manual_seed(0))),
-    }
-    known = _statistics(real, held)
-    found |= {"surprisal": held.figures(-known["old_logps"]), "entropy": held.figures(known["entropy"])}
-    texts = {
-        "responses": len(mask), "words": int(mask.sum()), "good": int((worths > 0).sum()),
-        "bad": int((worths < 0).sum()), "tokens": int(held.mask.sum()),
-    }  # fmt: skip
-    return {"rows": found, "texts": texts}
+            costs[name] += cost
+    joined = {name: held.joined(parts) for name, parts in values.items()}
+    return {"rows": {n: held.figures(v, asked[n].fields[0]) | held.cost(costs[n]) for n, v in joined.items()}}

@@ -147,9 +147,7 @@ def scored(place: World | None, held: Responses, rows: Sequence[Any], values: Te
     return found
 
 
-def by_word(
-    rows: Sequence[Any], values: Tensor, worths: Mapping[str, float] = WORTHS
-) -> tuple[Tensor, Tensor, Tensor]:
+def by_word(rows: Sequence[Any], values: Tensor, worths: Mapping[str, float] = WORTHS) -> tuple[Tensor, Tensor, Tensor]:
     """Values summed by word, the words' worths and the mask, (2P, W) each."""
     sides = [(row, side) for side in ("chosen", "rejected") for row in rows]
     words = [
