@@ -44,9 +44,9 @@ SHARED = """\
 TGDPO's guide is the DPO run on the same base; cDPO's two models are LoRA fine-tunings on chosen and on rejected
 responses, the same for both bases; T-REG's rewards come from the untrained model under two opposite requests."""
 ONLINE = """\
-Online, with `tokenpo rl`: `chain_sum` of reasoning-gym (two digits, plus or minus), {updates} updates of {problems}
-problems x {group} replies of at most {reply} tokens; the reward is 1 where the last number of the reply is the answer.
-LoRA of rank 16 on queries and values, learning rate 3e-4, no KL term."""
+Online, with `tokenpo rl`: `chain_sum` of reasoning-gym (two terms of one digit, plus or minus), {updates} updates of
+{problems} problems x {group} replies of at most {reply} tokens; the reward is 1 where the last number of the reply is
+the answer. LoRA of rank 16 on queries and values, learning rate 3e-4, no KL term."""
 AGAIN = """\
 ```sh
 pip install '.[trl]'

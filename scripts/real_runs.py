@@ -257,4 +257,5 @@ def write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as file:  # splitlines() also breaks at U+2028, which texts may hold
+        return [json.loads(line) for line in file]

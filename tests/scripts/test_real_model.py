@@ -153,3 +153,10 @@ def test_the_material_of_the_credit_benchmark_is_said_to_be_where_it_lies(tmp_pa
     assert list(given) == ["model", "train", "test", "lexicon"]
     assert len(Path(given["train"]).read_text().splitlines()) == 8
     assert given["lexicon"] == str(tmp_path / "real" / "packages" / "vader" / "vaderSentiment" / "vader_lexicon.txt")
+
+
+def test_a_line_separator_within_a_text_ends_no_row(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text": "a\u2028b\x85c"}, {"text": "d"}]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert real_runs.read_lines(file) == rows

@@ -200,7 +200,8 @@ def held_out(run: Run, tokenizer: Any) -> Any:
     file = run.folder / "samples.jsonl"
     if not file.is_file():
         raise InputError(f"{run.folder} kept no texts to measure a merge on: run it with samples above 0")
-    texts = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with open(file, encoding="utf-8") as lines:  # splitlines() also breaks at U+2028, which texts may hold
+        texts = [json.loads(line) for line in lines]
     pairs = [{"prompt": t["prompt"], "chosen": t["after"]["text"], "rejected": t["before"]["text"]} for t in texts]
     return tokenize_preferences(load_preferences(pairs), tokenizer)
 
