@@ -14,6 +14,7 @@ Several GPUs  accelerate launch --multi_gpu --num_processes 8 examples/cdpo_crit
 
 import argparse
 import copy
+import functools
 import json
 import statistics
 
@@ -25,13 +26,13 @@ from tokenpo.credit import contrastive_scores, critical_weights
 from tokenpo.data import PreferenceCollator, load_preferences, tokenize_preferences
 from tokenpo.data.reviews import WORD, WORTHS, embedded_model_path, prompts, token_credit
 from tokenpo.evaluation import auroc, critical_token, generate
-from tokenpo.statistics import at_responses
+from tokenpo.statistics import LinearHead, at_responses, hidden_before_head
 from tokenpo.training import PreferenceTrainer
 
 PROMPTS = prompts()
 
 
-def is_correct(text):
+def is_correct(prompt, text):
     return all(WORTHS.get(word.lower(), 0.0) >= 0 for word in WORD.findall(text))
 
 
@@ -42,7 +43,7 @@ def answers(model, tokenizer, args, seed):
     found = {prompt: ([], []) for prompt in PROMPTS}
     for prompt, text in zip(asked, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
         if text.strip():
-            found[prompt][not is_correct(text)].append(text)
+            found[prompt][not is_correct(prompt, text)].append(text)
     return found
 
 
@@ -67,16 +68,18 @@ def train(policy, loss, pairs, tokenizer, args, lr, **loss_args):
 def with_weights(rows, positive, negative, batch_size=32):
     """`rows` with 1 - s on rejected tokens, s low where the two models part; chosen tokens count 1, unread."""
     weights, collate = [], PreferenceCollator(pad_token_id=0)
+    heads = [LinearHead.of(model) for model in (positive, negative)]
     for first in range(0, len(rows), batch_size):
         both = collate([rows[i] for i in range(first, min(first + batch_size, len(rows)))])
         batch = {name: value[len(value) // 2 :].to(positive.device) for name, value in both.items()}
-        forward = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        logits = [at_responses(model(**forward).logits, batch) for model in (positive, negative)]
-        steps = torch.arange(logits[0].shape[1], device=positive.device)
+        states = [at_responses(hidden_before_head(model, batch), batch) for model in (positive, negative)]
+        steps = torch.arange(states[0].shape[1], device=positive.device)
         mask = steps < batch["response_lengths"][:, None]
         columns = (batch["prompt_lengths"][:, None] + steps).clamp(max=batch["input_ids"].shape[1] - 1)
-        scores = contrastive_scores(*logits, batch["input_ids"].gather(1, columns), mask)
-        weights += [row[kept].tolist() for row, kept in zip(critical_weights(scores, mask), mask, strict=True)]
+        for *hidden, ids, kept in zip(*states, batch["input_ids"].gather(1, columns), mask, strict=True):
+            logits = [head.logits(h[kept])[None] for head, h in zip(heads, hidden, strict=True)]  # of one row at a time
+            scores = contrastive_scores(*logits, ids[kept][None], kept[kept][None])
+            weights.append(critical_weights(scores, kept[kept][None])[0].tolist())
     rows = rows.add_column("chosen_token_weights", [[1.0] * len(ids) for ids in rows["chosen_ids"]])
     return rows.add_column("rejected_token_weights", weights)
 
@@ -93,6 +96,7 @@ def main() -> None:
     parser.add_argument("--gamma", type=float, default=1.0)
     parser.add_argument("--checked", type=int, default=2, help="wrong answers whose critical token rollouts look for")
     parser.add_argument("--rollouts", type=int, default=16, help="completions of every prefix of these")
+    parser.add_argument("--write", default=None, help="write the pairs as JSONL for `tokenpo train`, and train nothing")
     args = parser.parse_args()
     if not torch.accelerator.is_available():
         torch.set_num_threads(1)  # tiny models run best on one
@@ -105,6 +109,10 @@ def main() -> None:
         {"prompt": prompt, "chosen": right[i % len(right)], "rejected": text}
         for prompt, (right, wrong) in found.items() if right for i, text in enumerate(wrong)
     ]  # fmt: skip
+    if args.write:
+        if PartialState().is_main_process:
+            load_preferences(pairs).to_json(args.write)
+        return
     swapped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
     rows, of_wrong = (tokenize_preferences(load_preferences(part), tokenizer) for part in (pairs, swapped))
 
@@ -120,8 +128,8 @@ def main() -> None:
     ranks = []
     for i in sorted(range(len(rows)), key=lambda i: len(weights[i]))[: args.checked]:
         at = critical_token(
-            start, tokenizer, pairs[i]["prompt"], rows[i]["rejected_ids"], is_correct, rollouts=args.rollouts,
-            max_new_tokens=args.tokens,
+            start, tokenizer, pairs[i]["prompt"], rows[i]["rejected_ids"],
+            functools.partial(is_correct, pairs[i]["prompt"]), rollouts=args.rollouts, max_new_tokens=args.tokens,
         )  # fmt: skip
         if at >= 0:
             ranks.append((weights[i] <= weights[i][at]).float().mean().item())

@@ -1,6 +1,7 @@
 """The public data of the recipes: `python recipes/data.py hh_helpful` writes data/hh_helpful.jsonl and its test rows.
 
-Rows with an empty response are left out. gsm8k_pairs are sampled, by examples/cdpo_critical_tokens.py.
+Rows with an empty response are left out. gsm8k_pairs are sampled by examples/cdpo_critical_tokens.py --write, with your
+questions and verifier in it.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def runs(task: Task) -> dict[str, dict[str, Any]]:
     found["hapo_group_average, hapo, heated"] = {**hapo, "sampling": ["hapo_temperature"]}
     found["grpo, lopti"] = {"advantages": ["grpo"], "stages": {"name": "lopti", "eta": 0.4}}
     for options in found.values():
-        if "token_rewards" in json.dumps(options["advantages"]):
+        if any(part in json.dumps(options["advantages"]) for part in ("token_rewards", "matchtir")):
             options["credit"] = "worths"
     return found
 

@@ -58,11 +58,28 @@ def std(x: Tensor, mask: Tensor, dim: int | None = None, unbiased: bool = True) 
     return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
 
 
-def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8, shift_mean: bool = True) -> Tensor:
-    """`(x - mean) / sqrt(var + eps)` over the whole mask, unbiased variance; `shift_mean=False` adds the mean back."""
-    centre = mean(x, mask)
-    white = (select(x, mask) - centre) * (var(x, mask) + eps).rsqrt()
-    return select(white if shift_mean else white + centre, mask)
+def whiten(
+    x: Tensor, mask: Tensor, eps: float = 1e-8, shift_mean: bool = True, *, counted: Tensor | None = None,
+    added: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """`(x - mean) / sqrt(var + eps)` on the mask, unbiased variance; exactly 0 everywhere where all values are equal.
+
+    `shift_mean=False` adds the mean back. `counted`: the part of the mask that mean and variance are of, and whose
+    equality decides; the whole mask where it is left out or empty. `added` to the counts that both means divide by:
+    1e-8 in verl.
+    """
+    over = mask if counted is None or not bool((counted & mask).any()) else counted & mask
+    values = select(x, mask)
+    if not values.numel():
+        return values
+    n = count(over).to(values.dtype)
+    centre = sum(values, over) / (n + added)
+    spread = sum((values - centre).square(), over) / (n + added) * n / (n - 1).clamp(min=1)
+    varied = select(x, over, torch.inf).amin() < select(x, over, -torch.inf).amax()
+    white = (values - centre) * (torch.where(varied, spread, 1.0) + eps).rsqrt()
+    if shift_mean:
+        return select(white, mask & varied)
+    return select(torch.where(varied, white + centre, values), mask)
 
 
 def quantile(x: Tensor, mask: Tensor, q: float, dim: int | None = None) -> Tensor:

@@ -44,6 +44,7 @@ class Range:
 Positive = Annotated[float, Range(0.0, open_low=True, open_high=True)]
 NonNegative = Annotated[float, Range(0.0, open_high=True)]
 Fraction = Annotated[float, Range(0.0, 1.0)]
+AboveOne = Annotated[float, Range(1.0, open_low=True, open_high=True)]
 BelowHalf = Annotated[float, Range(0.0, 0.5, open_high=True)]
 Finite = Annotated[float, Range(open_low=True, open_high=True)]
 

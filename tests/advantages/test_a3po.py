@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from tokenpo.advantages import a3po_advantages, grpo_advantages, highest_tokens, lowest_tokens, polarity_advantages
+from tokenpo.errors import InputError
+from tokenpo.methods import configure
 
 LOGPS = torch.log(torch.tensor([[0.9, 0.1, 0.5, 0.3, 0.7, 0.2], [0.9, 0.1, 0.5, 0.3, 0.7, 0.2]], dtype=torch.float64))
 MASK = torch.ones(2, 6).bool()
@@ -52,3 +54,9 @@ def test_polarity_scales_rows():
     assert out[:, 0].tolist() == [4.0, -1.5]
     graded = polarity_advantages(ADVANTAGES, MASK, torch.tensor([0.5, 0.6]), threshold=0.5)
     assert graded[:, 0].tolist() == [2.0, -6.0], "only a reward above the threshold is correct"
+
+
+def test_factors_that_could_never_act_are_refused():
+    for name in ("positive_factor", "negative_factor"):
+        with pytest.raises(InputError, match=rf"a3po: {name} must lie in \[1, inf\), got 0\.5"):
+            configure("a3po", **{name: 0.5})

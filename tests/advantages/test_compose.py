@@ -114,6 +114,9 @@ def test_state_is_left_out_where_its_input_is_given():
     )
 
 
+OVERLONG = {"name": "overlong", "max_length": 9, "buffer": 2}
+
+
 @pytest.mark.parametrize(
     ("config", "available", "sentence"),
     [
@@ -122,8 +125,9 @@ def test_state_is_left_out_where_its_input_is_given():
         (["grpo", "rloo"], None, "the list of advantages has 2 estimators, grpo and rloo: keep one"),
         (["a3po", "grpo"], None, "the shaper 'a3po' stands before the estimator 'grpo': put it after"),
         ([{"name": "d3s_rows", "keep": 2}, "grpo"], None, "the filter 'd3s_rows' stands before the estimator"),
-        (["grpo", {"name": "overlong", "max_length": 9, "buffer": 2}], None,
-         "the reward shaper 'overlong' must stand before the estimator 'grpo'"),
+        (["grpo", OVERLONG], None, "the reward shaper 'overlong' must stand before the estimator 'grpo'"),
+        ([OVERLONG, "token_rewards_total"], None, "'token_rewards_total' reads rewards of tokens, which a"),
+        ([OVERLONG, "ppo_gae"], ["values", "token_rewards"], "take 'overlong' out of the list and shape in the credit"),
         (["grppo"], None, "unknown estimator, shaper or filter 'grppo': did you mean 'grpo'"),
         (["d3ss", "grpo"], None, "did you mean 'd3s'"),
         (["dpo"], None, "'dpo' is a pairwise method, no estimator, shaper or filter of advantages"),

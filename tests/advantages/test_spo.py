@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tokenpo.advantages import (
+    compose,
     spo_chain_advantages,
     spo_cutpoints,
     spo_loss_tokens,
@@ -141,3 +142,18 @@ def test_a_tree_that_is_none_is_refused():
         tree_values(torch.tensor([1, 2, 1]), torch.zeros(3))
     with pytest.raises(InputError, match="parent names row 7 but there are 2 rows"):
         tree_values(torch.tensor([-1, 7]), torch.zeros(2))
+
+
+def test_the_tree_whitens_and_counts_uncertain_tokens_as_published():
+    """Leaves 1 and 0 of one root: steps +-.5 on two and one uncertain tokens, mean 1/6, variance 1/3; .95 is sure."""
+    mask, old = (
+        torch.tensor([[0, 0, 0], [1, 1, 1], [1, 1, 1]]).bool(),
+        torch.tensor([[1.0] * 3, [0.5, 0.95, 0.1], [1, 1, 0.8]]),
+    )
+    rewards, parent, group = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([-1, 0, 0]), torch.zeros(3).long()
+    made = compose(["spo_tree", "spo_tree_kept", "spo_tokens", "whiten"])
+    assert set(made.needs) == {"parent", "old_logps"}
+    out = made(rewards, group, mask, parent=parent, old_logps=old.double().log())
+    a, b = (1 / 3) / (1 / 3) ** 0.5, (-2 / 3) / (1 / 3) ** 0.5
+    torch.testing.assert_close(out.advantages, torch.tensor([[0, 0, 0], [a, 0, a], [0, 0, b]]), rtol=1e-6, atol=0)
+    assert torch.equal(out.mask, out.advantages != 0)

@@ -57,6 +57,8 @@ EQUAL_REWARDS_SPEAK = {
     "aapo_unscaled": "the margin over the reference remains",
     "copo": "prompts that earn the same differ in consistency",
     "copo_global": "prompts that earn the same differ in consistency",
+    "matchtir_advantages": "the token rewards differ",
+    "matchtir_released_advantages": "the token rewards differ",
     "ppo_gae": "the critic is the baseline",
     "ppo_gae+": "the critic is the baseline",
     "reinforce_plus_plus+": "the token rewards differ",
@@ -69,7 +71,7 @@ EQUAL_REWARDS_SPEAK = {
 """Estimators for which equal rewards are not zero advantages."""
 
 SINGLES_SPEAK = {
-    name: why for name, why in EQUAL_REWARDS_SPEAK.items() if not name.startswith("token_rewards")
+    name: why for name, why in EQUAL_REWARDS_SPEAK.items() if not name.startswith(("token_rewards", "matchtir"))
 } | {
     "reinforce_plus_plus": "the batch is the baseline",
     "spo_tree": "the parent is the baseline",

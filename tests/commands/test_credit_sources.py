@@ -174,3 +174,33 @@ def test_a_reward_that_is_no_number_is_named_by_its_row_before_training(bad, mod
     error = capsys.readouterr().err.strip().split("\n")[-1]
     assert "row 5" in error and "'rejected_token_rewards'" in error and "token 0" in error, error
     assert not (run / "checkpoints").exists()
+
+
+def test_contrastive_scores_hold_the_logits_of_few_rows_at_a_time(model_folder, tmp_path, monkeypatch):
+    from tokenpo import credit
+    from tokenpo.statistics import LinearHead
+
+    other = tmp_path / "other"
+    make_model(seed=1).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    pairs = [{"prompt": "say:", "chosen": "a", "rejected": "bcd fgh " * n} for n in (12, 9, 14, 2, 11, 10)]
+    data = write_jsonl(tmp_path / "long.jsonl", pairs)
+    settings = {"name": "contrastive_scores", "contrast": 0.5, "positive": str(model_folder), "negative": str(other)}
+    config = TrainConfig(
+        model=str(model_folder), train=str(data), test=str(data), loss={"name": "critical_dpo"}, credit=settings,
+        batch_size=6, max_length=200,
+    )  # fmt: skip
+    held, whole = [], LinearHead.logits
+    monkeypatch.setattr(LinearHead, "logits", lambda self, x: held.append(x.numel() // x.shape[-1]) or whole(self, x))
+    loss = get("critical_dpo")
+    rows = attach_credit(config, tmp_path, loss, make_tokenizer(), load_rows(config, make_tokenizer(), loss))[0]
+    assert max(held) == 256 and sum(held) > 2 * 256, "T is 112 and six rows are counted"
+    positive, negative = make_model().eval(), make_model(seed=1).eval()
+    for row in rows:
+        ids = torch.tensor([row["prompt_ids"] + row["rejected_ids"]])
+        own = torch.tensor([row["rejected_ids"]])
+        with torch.no_grad():
+            logits = [model(ids).logits[:, -own.shape[1] - 1 : -1] for model in (positive, negative)]
+        expected = 1 - credit.contrastive_scores(*logits, own, torch.ones_like(own).bool(), beta=0.5)[0]
+        assert row["rejected_token_weights"] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert set(row["chosen_token_weights"]) == {1.0}

@@ -113,6 +113,22 @@ def test_an_adapter_on_four_bits_says_what_it_needs(four_bit_run):
     assert any("4bit" in type(module).__name__ for module in network.modules()), "as tokenpo loads it"
 
 
+def test_a_run_that_goes_on_with_an_adapter_names_the_whole_model_and_its_four_bits(four_bit_run, pairs_file, tmp_path):
+    """The run's own configuration knows neither."""
+    run = train(tmp_path / "on", four_bit_run / "model", pairs_file)
+    assert json.loads((run / "config.json").read_text())["quantize"] is None
+    assert main(["export", str(run)]) == 0
+    assert "was trained on weights in four bits (nf4, double quantisation)" in card(run / "export")
+    assert "An adapter for `model0`, trained with tokenpo." in card(run / "export"), "not for runs/nf4/model"
+    file = run / "model" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "somebody/base"}))
+    (run / "model" / "base_quantization.json").write_text('{"quantize": "fp4"}')
+    read = command.read_run(str(run))
+    text = command.model_card(read.config, read.summary, name="on", is_adapter=True, model=read.model)
+    assert "base_model: somebody/base\n" in text and "An adapter for `somebody/base`, trained with" in text
+    assert "in four bits (fp4, double quantisation)" in text
+
+
 def test_a_narrower_merge_says_what_it_costs(lora_run, tmp_path):
     assert main(["export", str(lora_run), "--merge", "dtype=bfloat16", f"output={tmp_path / 'out'}"]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16

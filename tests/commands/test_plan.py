@@ -72,6 +72,15 @@ def test_the_largest_batch_fits_and_one_more_does_not(numbers):
     assert numbers(*words, f"batch_size={most}")["peak"] <= size < numbers(*words, f"batch_size={most + 1}")["peak"]
 
 
+def test_a_search_that_ends_at_its_cap_says_so(plan, numbers):
+    words = ["--gpu", "100GB", "loss.name=dpo", "max_length=64"]
+    assert "The largest micro-batch that does: 256 or more (batch_size=256" in plan(*words, "--picture=")[1]
+    found = numbers(*words)
+    assert found["largest"] == 256 and found["capped"]
+    small = ["--gpu", "1.3GB", "loss.name=dpo", "max_length=256"]
+    assert not numbers(*small)["capped"] and "or more" not in plan(*small, "--picture=")[1]
+
+
 @pytest.mark.parametrize(
     ("limit", "step", "found"), [(0, 1, 0), (1, 1, 1), (7, 1, 7), (64, 1, 64), (65, 4, 64), (3, 4, 0)]
 )
@@ -135,6 +144,7 @@ def test_online(plan, numbers, tmp_path):
         (["batchsize=3"], "batch_size"),
         (["trainer.optim=galore_adamw"], "'galore_adamw' cannot be planned"),
         (["quantize=nf4"], "give lora"),
+        (["quantize=nf4", "lora=8", "--devices=4"], "devices 4: weights in four bits are not sharded"),
         (["nothing.yaml"], "cannot read the configuration nothing.yaml"),
         (["reference=copi"], "copi"),
     ],

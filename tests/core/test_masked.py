@@ -44,6 +44,16 @@ def test_whiten():
     assert kept[M].tolist() == pytest.approx([(v - 3.5) / math.sqrt(7) + 3.5 for v in (1, 2, 4, 7)])
 
 
+def test_whiten_of_equal_values_is_exactly_zero():
+    x, mask = torch.full((4, 1023), 0.1), torch.ones(4, 1023, dtype=torch.bool)
+    assert not masked.whiten(x, mask).any() and not masked.whiten(x, mask, eps=0.0).any()
+    assert torch.equal(masked.whiten(x, mask, shift_mean=False), x)
+    x[0], part = 7.0, mask.clone()
+    part[0] = False
+    assert not masked.whiten(x, mask, counted=part).any(), "of what it counts there is nothing to compare"
+    assert torch.equal(masked.whiten(x, mask, counted=torch.zeros_like(mask)), masked.whiten(x, mask))
+
+
 @pytest.mark.parametrize("q", [0.0, 0.25, 0.5, 0.8, 1.0])
 def test_quantile_is_torch_quantile_of_what_counts(q):
     g = torch.Generator().manual_seed(0)

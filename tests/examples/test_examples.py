@@ -24,12 +24,12 @@ LOG_2 = math.log(2.0)
 SMALL = {
     "bare_loop.py": "--steps 12 --data PAIRS",
     "accelerate_loop.py": "--steps 12 --data PAIRS",
-    "tgdpo_two_phases.py": "--steps 12 --lr 2e-4 --samples 4 --data PAIRS",
+    "tgdpo_two_phases.py": "--steps 12 --lr 2e-4 --data PAIRS",
     "sparsepo_masks.py": "--steps 12 --lr 2e-3 --l1 0 --data PAIRS",
     "cdpo_critical_tokens.py": "--steps 4 --pairs 8 --per-prompt 2 --checked 1 --rollouts 4 --tokens 48",
-    "treg_self_rewards.py": "--steps 12 --lr 3e-4 --samples 4 --data PAIRS",
+    "treg_self_rewards.py": "--steps 12 --lr 3e-4 --data PAIRS",
     "rto.py": "--steps 2 --pairs 8 --updates 2 --rollouts 8 --tokens 16 --samples 4 --data PAIRS",
-    "red_guided.py": "--judge-steps 12 --steps 12 --lr 2e-4 --samples 4 --data PAIRS",
+    "red_guided.py": "--judge-steps 12 --steps 12 --lr 2e-4 --data PAIRS",
     "new_method.py": "--steps 12 --lr 2e-4 --data PAIRS",
     "trl_dpo.py": "--steps 12 --lr 1e-4 --data PAIRS",
     "trl_grpo.py": "--steps 2 --rollouts 16 --group 8 --tokens 32 --samples 8",
@@ -77,17 +77,51 @@ def test_ends_with_the_numbers_of_the_readme(name, ran, capsys):
 CHECKS = {
     "bare_loop.py": lambda n: n["loss_at_start"] == pytest.approx(LOG_2, abs=1e-4) and n["loss"] < LOG_2,
     "accelerate_loop.py": lambda n: n["loss_at_start"] == pytest.approx(LOG_2, abs=1e-4) and n["loss"] < LOG_2,
-    "tgdpo_two_phases.py": lambda n: n["tgdpo_loss"] < LOG_2 and n["guide_word_auroc"] != 0.5,
+    "tgdpo_two_phases.py": lambda n: n["tgdpo_loss"] < LOG_2 and len(n) == 3,
     "sparsepo_masks.py": lambda n: n["networks_moved"] > 0 and n["mask_mean"] > 0,
     "cdpo_critical_tokens.py": lambda n: n["pairs"] > 10 and n["weight_auroc_bad_words"] != 0.5,
-    "treg_self_rewards.py": lambda n: n["loss"] < LOG_2 and n["self_reward_word_auroc"] != 0.5,
+    "treg_self_rewards.py": lambda n: n["loss"] < LOG_2 and len(n) == 3,
     "rto.py": lambda n: n["critic_error_first"] > 0,
-    "red_guided.py": lambda n: n["loss"] < LOG_2 and n["red_word_auroc"] != 0.5,
+    "red_guided.py": lambda n: n["loss"] < LOG_2 and len(n) == 3,
     "new_method.py": lambda n: n["dpo_loss"] < LOG_2 and n["weighted_loss"] != n["dpo_loss"],
     "trl_dpo.py": lambda n: n["loss_at_start"] == pytest.approx(LOG_2, abs=1e-4) and n["kl_chosen"] > 1e-3,
     "trl_grpo.py": lambda n: 0 <= n["correct_after"] <= 1 and n["kl"] > 0,
     "verl_launch.py": lambda n: n["advantage_key_token"] > n["advantage_other_tokens"] > 0,
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "told"),
+    [("tgdpo_two_phases.py", "--steps 4", "guide_word_auroc"),
+     ("treg_self_rewards.py", "--steps 4", "self_reward_word_auroc"),
+     ("red_guided.py", "--judge-steps 4 --steps 4", "red_word_auroc")],
+)  # fmt: skip
+def test_true_rewards_are_told_of_the_embedded_reviews_only(name, words, told, ran, capsys, monkeypatch):
+    from tokenpo.data import reviews
+
+    few = embedded_pairs("train")[:240]
+    monkeypatch.setattr(reviews, "embedded_pairs", lambda split: few)
+    toy = ran(name, f"{words} --samples 4", capsys)
+    assert toy[told] != 0.5 and "reward_before" in toy
+    own = ran(name, SMALL[name], capsys)
+    assert toy.keys() - own.keys() == {told, *(key for key in toy if key.startswith("reward_"))}
+
+
+def test_sampled_pairs_are_written_for_a_recipe(pairs, tmp_path, monkeypatch):
+    from tokenpo.data import load_preferences
+    from tokenpo.data.reviews import WORD, WORTHS
+
+    file = tmp_path / "data" / "pairs.jsonl"
+    words = ["cdpo_critical_tokens.py", "--per-prompt", "2", "--tokens", "48", "--write", str(file)]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(FOLDER / words[0]), run_name="__main__")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) > 10 and all(set(row) == {"prompt", "chosen", "rejected"} for row in rows)
+    bad = lambda text: any(WORTHS.get(word.lower(), 0.0) < 0 for word in WORD.findall(text))
+    assert all(bad(row["rejected"]) and not bad(row["chosen"]) for row in rows)
+    assert len(load_preferences(str(file))) == len(rows)
+    assert not (tmp_path / "runs").exists(), "nothing is trained"
 
 
 def test_accumulation_does_not_change_the_loss(ran, capsys):

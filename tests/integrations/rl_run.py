@@ -24,7 +24,8 @@ class Keep(TrainerCallback):
         self.gradients, self.losses, self.logs = [], [], []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients.append({n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters()})
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        self.gradients.append({n.removeprefix("module."): gradient.clone() for n, gradient in found.items()})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:

@@ -37,13 +37,13 @@ def one_batch(folder, **options):
 
 def test_values_of_cuts_are_mean_rewards_of_the_continuations(tmp_path):
     """Every reward, response and count is in the file and the metrics; the advantages are those of the values."""
-    entry = {"name": "spo_chain", "threshold": 0.95, "interval": 3}
+    entry = {"name": "spo_chain", "threshold": 0.1, "interval": 2}
     trainer, keep = run(
         one_batch(tmp_path), cls=Kept, reward=some, advantages=[entry], objective={"name": "spo", "kl_coef": 0.0},
         sampling=[{"name": "spo_chain", "rollouts": 3}], keep_rollouts=8,
     )  # fmt: skip
     known, mask = trainer.rollouts.known, trainer.rollouts.mask
-    cuts = spo_cutpoints(known["old_logps"], mask, threshold=0.95, interval=3)
+    cuts = spo_cutpoints(known["old_logps"], mask, threshold=0.1, interval=2)
     values = known["prefix_values"]
     assert torch.equal(values != 0, cuts) and cuts.sum() > 8
     lines = [json.loads(line) for line in (tmp_path / "continuations.jsonl").read_text().splitlines()]
@@ -70,7 +70,8 @@ def test_values_of_cuts_are_mean_rewards_of_the_continuations(tmp_path):
     white = trainer.out["advantages"]
     counted = trainer.out["loss_mask"]
     assert white.abs().sum() > 1 and abs(white[counted].mean().item()) < 1e-5
-    assert torch.equal(white != 0, counted) or counted.sum() < mask.sum()
+    assert torch.equal(white != 0, counted) and 0 < counted.sum() < mask.sum()
+    assert torch.equal(counted, mask & (known["old_logps"].exp() < 0.1))
 
 
 def test_what_the_length_cuts_off_can_count_as_a_failure(tmp_path):
@@ -257,6 +258,10 @@ def test_what_cannot_work_is_said_before_anything_loads(tmp_path):
     said("take spo_chain and dynamic_sampling out", sampling=["spo_tree", "dynamic_sampling"])
     said("take rollout_func away", sampling=["dynamic_sampling"], rollout_func=lambda prompts, trainer: {})
     said("set num_iterations=2", **STAGES)
+    said("spo_chain, whose 'prefix_values' the estimator 'grpo' does not read", sampling=["spo_chain"])
+    tree = [{"name": "spo_tree", "branching": [2], "segment": 3}]
+    said("spo_tree, whose 'parent' the estimator 'grpo' does not read", sampling=tree)
+    said("spo_tree, whose 'parent' the estimator 'grpo'", sampling=tree, advantages=["grpo", "spo_tree_kept"])
     said("unset mask_truncated_completions", config(tmp_path, num_generations=8, mask_truncated_completions=True),
          sampling=[{"name": "spo_tree", "branching": [2], "segment": 3}])  # fmt: skip
     assert make_sampling([]).gives == set() and len(rows(2)) == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rl_run import config, fixed_rollouts, fixed_runs, rows, run, run_theirs, some_vowels, vowels
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,7 @@ from trl import GRPOTrainer
 from tokenpo.errors import InputError
 from tokenpo.evaluation.scorers import reward_function
 from tokenpo.integrations.rollouts import logps_under
-from tokenpo.integrations.trl import check_hooks
+from tokenpo.integrations.trl import TokenGRPOTrainer, check_hooks
 from tokenpo.methods import all_methods
 from tokenpo.reward_models import Reading, RewardModel
 
@@ -176,7 +177,8 @@ def listed(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_estimator_shaper_and_filter_runs(name, tmp_path):
     critic = {} if name in ("ppo_gae", "vapo") else None
-    credit = (lambda r: r.mask * r.rewards.unsqueeze(-1)) if "token_rewards" in name else None
+    needs = () if name == "d3s" else all_methods()[name].needs
+    credit = (lambda r: r.mask * r.rewards.unsqueeze(-1)) if "token_rewards" in needs else None
     inputs = {**INPUTS, "ref_rewards": lambda r: r.rewards * 0.5} if name == "aapo_unscaled" else INPUTS
     _trainer, keep = run(
         config(tmp_path, max_steps=1, gradient_accumulation_steps=1, per_device_train_batch_size=8),
@@ -246,6 +248,83 @@ def test_aapo_asks_the_reference_once_a_prompt(tmp_path):
     assert {k: len(v) for k, v in remembered["reference"].items()} == {'"say a:"': 4, '"say bcd:"': 4}
 
 
+def test_a_reference_response_without_a_reward_leaves_the_margin_out(tmp_path):
+    reward = lambda completions, **_: [None, *vowels(completions)[1:]]
+    trainer, _ = run(config(tmp_path, max_steps=1), advantages=["aapo"], objective="reinforce", reward=reward)
+    (remembered,) = trainer.composition.state_dict().values()
+    missing = [r != r for rewards in remembered["reference"].values() for r in rewards]
+    assert sum(missing) == 1 and len(missing) == 8
+
+
+def test_the_critic_learns_the_rewards_that_the_estimator_sees(tmp_path):
+    """Reward 1 and a punishment of 3 for every response longer than a token: V starts at 0, its error at 4."""
+    shaper = {"name": "overlong", "max_length": 1, "buffer": 0.5, "factor": 3.0}
+    ones = lambda completions, **_: [1.0] * len(completions)
+    args = config(tmp_path, max_steps=1, generation_kwargs={"suppress_tokens": [2]})
+    critic = {"clip": None, "lam": 1.0}
+    _, keep = run(args, advantages=[shaper, "ppo_gae"], critic=critic, reward=ones)
+    assert keep.logs[0]["critic/error"] == pytest.approx(4.0)
+
+
+KL = {"name": "ppo_clip", "kl_coef": 0.1}
+
+
+def test_the_reference_is_compared_with_the_policy_before_the_first_update(tmp_path):
+    trainer, _ = run(config(tmp_path / "a", max_steps=2, save_strategy="steps", save_steps=1), objective=KL)
+    assert trainer.start["start/reference_difference"] < 1e-5
+    plain, _ = run(config(tmp_path / "b", max_steps=1))
+    assert plain.start is None
+    at = str(tmp_path / "a" / "checkpoint-1")
+    resumed, _ = run(config(tmp_path / "c", max_steps=2), resume=at, objective=KL)
+    assert resumed.start is None and resumed.state.global_step == 2
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_reference_that_is_not_the_start_is_loud(seed, tmp_path, caplog):
+    """A copy that has changed is refused; a reference that is another model by its name is allowed, and warned of."""
+
+    class Changed(TokenGRPOTrainer):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            with torch.no_grad():
+                next(self.model.parameters()).add_(0.3)
+
+    with pytest.raises(InputError, match="at step 0 the policy and its reference 'copy' differ by"):
+        run(config(tmp_path, max_steps=1), cls=Changed, objective=KL)
+    other = {"reference": "model:other", "load_reference": lambda folder: make_model(seed)}
+    trainer, _ = run(config(tmp_path, max_steps=1), objective=KL, **other)
+    assert (trainer.start["start/reference_difference"] > 0.1) == ("is another model" in caplog.text) == (seed == 5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_trained_adapter_is_its_own_reference(dropout, tmp_path):
+    """Adapters that start elsewhere than at the base agree with their copy, unless dropout makes them random."""
+    lora = LoraConfig(r=2, lora_dropout=dropout, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    policy = lambda: get_peft_model(make_model(0), lora)
+
+    def started(model):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        return model
+
+    fresh, _ = run(config(tmp_path, max_steps=1), model=policy(), objective=KL)
+    assert fresh.reference.mode == "adapter-off" and fresh.start["start/reference_difference"] < 1e-5
+    if dropout:
+        with pytest.raises(InputError, match="the policy has dropout: set disable_dropout=True"):
+            run(config(tmp_path, max_steps=1), model=started(policy()), objective=KL)
+    args = config(tmp_path, max_steps=1, disable_dropout=dropout > 0)
+    trained, _ = run(args, model=started(policy()), objective=KL)
+    assert trained.reference.mode == "adapter:reference" and trained.start["start/reference_difference"] < 1e-5
+
+
+def test_only_what_is_read_before_the_update_is_computed(tmp_path):
+    reads = lambda **options: run(config(tmp_path, max_steps=1), **options)[0].reads
+    assert reads(objective="vapo_clip", correct_above=0.1) == ()
+    assert reads(objective="hapo") == ("entropy",)
+    assert reads(objective="spo") == ("old_logps",)
+
+
 def test_evaluation_does_not_move_what_remembers(tmp_path):
     trainer, _ = run(
         config(tmp_path, max_steps=2, eval_strategy="no"), advantages=["grpo", "ha_dw"], eval_dataset=rows(2)
@@ -300,6 +379,13 @@ def test_a_row_without_a_reward_gets_no_advantage(nothing, tmp_path):
         ({"objective": {"name": "ppo_clip", "kl_coef": 0.1}, "reference": "none"}, "'ppo_clip' needs 'ref_logps'"),
         ({"credit": {"name": "rto"}}, "the credit needs 'dpo_logps', which is not available"),
         ({"critic": {"rate": 1.0}}, "critic has no hyperparameter 'rate'"),
+        ({"critic": {}}, "critic is given, but 'grpo' and 'ppo_clip' read no values: take an estimator"),
+        ({"credit": "worths"}, "credit is given, but 'grpo' and 'ppo_clip' read no token_rewards"),
+        ({"advantages": ["aapo"], "rollout_func": fixed_rollouts}, "with rollout_func the policy would answer"),
+        (
+            {"advantages": ["vapo"], "critic": {"pretrain": 2}, "config": {"weight_decay": 0.1}},
+            "weight_decay=0.1 moves the policy while the critic is trained alone: set weight_decay=0",
+        ),
         ({"config": {"beta": 0.1}}, "beta=0.1 is of TRL's own loss: give the objective kl_coef instead"),
         (
             {"config": {"max_completion_length": 252}},
@@ -316,6 +402,26 @@ def test_what_cannot_work_is_one_sentence(options, sentence, tmp_path):
     with pytest.raises((InputError, KeyError)) as error:
         run(given, **options)
     assert sentence in str(error.value)
+
+
+def test_aapo_refuses_an_engine_that_holds_the_policy(tmp_path):
+    args = config(tmp_path)
+    args.use_vllm = True
+    with pytest.raises(InputError, match="with use_vllm the policy would answer: unset use_vllm"):
+        run(args, advantages=["aapo"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"advantages": ["ppo_gae"]}, "'ppo_gae' needs 'values', which is not available"),
+        ({"critic": {}}, "critic is given, but 'grpo' and 'ppo_clip' read no values"),
+        ({"reference": "copied"}, "unknown reference 'copied'"),
+    ],
+)
+def test_mistakes_are_said_before_the_model_loads(options, sentence, tmp_path):
+    with pytest.raises(InputError, match=sentence):
+        TokenGRPOTrainer("no/such-model", vowels, config(tmp_path), **options)
 
 
 def test_an_empty_completion_is_named(tmp_path):

@@ -108,6 +108,14 @@ def test_every_size_has_two_recipes_and_every_method_one():
     assert any("ktae" in entry for entry in estimators) and any("ppo_gae" in entry for entry in estimators)
 
 
+def test_rto_has_what_the_authors_script_has():
+    recipe = RECIPES["rto_qlora_48gb"]
+    credit = {"name": "rto", "dpo": "runs/rto-dpo/model", "dpo_coef": 0.05, "dpo_clip": 0.05, "kl_coef": 0.01}
+    assert recipe["credit"] == {**credit, "reward_clip": 10.0}
+    schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    assert recipe["trainer"].items() >= {**schedule, "warmup_steps": 0.03}.items()
+
+
 def test_the_table_names_every_recipe():
     page = (FOLDER / "README.md").read_text()
     files = [*FOLDER.glob("*.yaml"), *FOLDER.glob("accelerate/*.yaml")]

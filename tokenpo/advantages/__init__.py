@@ -62,6 +62,7 @@ from tokenpo.advantages.ktae import (
     ktae_values,
 )
 from tokenpo.advantages.layout import compact, discounted_to_go, spread
+from tokenpo.advantages.matchtir import matchtir_advantages, matchtir_released_advantages
 from tokenpo.advantages.negative import negative_advantages, negative_tokens
 from tokenpo.advantages.reinforce_plus_plus import (
     reinforce_plus_plus_advantages,
@@ -162,6 +163,8 @@ __all__ = [
     "length_adaptive_lambda",
     "lopti_stages",
     "lowest_tokens",
+    "matchtir_advantages",
+    "matchtir_released_advantages",
     "negative_advantages",
     "negative_tokens",
     "nthr_advantages",

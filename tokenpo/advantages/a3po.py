@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from tokenpo import masked
 from tokenpo.advantages.groups import expect_shape
-from tokenpo.methods import Finite, Fraction, NonNegative, method
+from tokenpo.methods import Finite, Fraction, NonNegative, Range, method
 
 TITLE = "Rethinking Sample Polarity in Reinforcement Learning with Verifiable Rewards"
 PAPER = "https://arxiv.org/abs/2512.21625"
+
+FromOne = Annotated[float, Range(1.0, open_high=True)]
+"""A factor that falls to 1: a smaller one would never be reached."""
 
 
 @method("a3po", kind="shaper", title=TITLE, paper=PAPER, needs=("old_logps", "step"), golden=("a3po",))
@@ -22,8 +27,8 @@ def a3po_advantages(
     step: int = 0,
     *,
     fraction: Fraction = 0.2,
-    positive_factor: NonNegative = 2.0,
-    negative_factor: NonNegative = 2.0,
+    positive_factor: FromOne = 2.0,
+    negative_factor: FromOne = 2.0,
     positive_decay: NonNegative = 0.005,
     negative_decay: NonNegative = 0.005,
     threshold: Finite = 0.5,

@@ -3,6 +3,7 @@
 The list holds reward shapers, then one estimator, then shapers and filters in the order they act:
 
 - a *reward shaper* changes the rewards that the estimator sees; shapers and filters read them as they came;
+  an estimator that reads `token_rewards` sees none of it, so that the two together are refused;
 - a *filter* takes rows or tokens out of the mask: what follows it, and the loss, count the rest only;
 - *needs* of all are united. An input is handed to whatever has an argument of its name.
 
@@ -17,7 +18,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tokenpo import masked, methods
@@ -119,16 +119,26 @@ class Composition:
         self.needs = tuple(dict.fromkeys(n for part in parts for n in part.required if n not in given))
         self.wants = tuple(dict.fromkeys(n for part in parts for n in part.optional if n not in self.needs))
 
+    @property
+    def estimator(self) -> Part:
+        """The one of the list."""
+        return next(part for part in self.parts if part.kind == "estimator")
+
+    def shaped(self, rewards: Tensor, mask: Tensor, **inputs: Any) -> Tensor:
+        """(B,) the rewards that the estimator sees: those of a batch after the reward shapers."""
+        for part in self.parts:
+            if part.kind == "reward_shaper":
+                rewards = part({**inputs, "rewards": rewards, "mask": mask})
+        return rewards
+
     def __call__(self, rewards: Tensor, group: Tensor, mask: Tensor, **inputs: Any) -> Composed:
         """The list at work on one batch."""
         given = {**inputs, "rewards": rewards, "group": group, "mask": mask}
-        shaped, advantages = rewards, torch.zeros(mask.shape)
+        advantages = self.estimator({**given, "rewards": self.shaped(**given)})
         for part in self.parts:
-            if part.kind == "reward_shaper":
-                shaped = part({**given, "rewards": shaped})
-            elif part.kind == "estimator":
-                advantages = part({**given, "rewards": shaped})
-            elif part.kind == "shaper":
+            if part.kind in ("reward_shaper", "estimator"):
+                continue
+            if part.kind == "shaper":
                 advantages = part({**given, "advantages": advantages})
             else:
                 kept = part({**given, "advantages": advantages})
@@ -160,12 +170,13 @@ def compose(config: Config, *, available: Collection[str] | None = None) -> Comp
     """The list of names and hyperparameters as one function of a batch.
 
     `available`: the inputs that a run can give beside rewards, group and mask; left out, nothing is held against it.
-    Refused, in one sentence: no estimator or two, a shaper or filter before it, a reward shaper after it, unknown names
-    and hyperparameters, values out of range, needs that are not available.
+    Refused, in one sentence: no estimator or two, a shaper or filter before it, a reward shaper after it or where it
+    would change nothing, unknown names and hyperparameters, values out of range, needs that are not available.
     """
     entries = [_entry(entry) for entry in config]
     parts = [_part(name, hyperparameters, available) for name, hyperparameters in entries]
     _check_order(parts)
+    _check_shapers(parts, available)
     composition = Composition(parts)
     for part in parts:
         _check_available(part.name, part.required, available)
@@ -274,6 +285,17 @@ def _check_order(parts: Sequence[Part]) -> None:
             )
         if part.kind == "reward_shaper" and i > place:
             raise InputError(f"the reward shaper '{part.name}' must stand before the estimator '{estimators[0]}'")
+
+
+def _check_shapers(parts: Sequence[Part], available: Collection[str] | None) -> None:
+    shaper = next((part for part in parts if part.kind == "reward_shaper"), None)
+    estimator = next(part for part in parts if part.kind == "estimator")
+    reads = (*estimator.required, *(n for n in estimator.optional if n in (available or ())))
+    if shaper is not None and "token_rewards" in reads:
+        raise InputError(
+            f"'{estimator.name}' reads rewards of tokens, which a reward shaper does not change: take '{shaper.name}' "
+            "out of the list and shape in the credit, or take an estimator of rewards"
+        )
 
 
 def _missing(name: str, need: str) -> str:

@@ -40,11 +40,11 @@ def copo_advantages(
         A_t = w * A_local + (1 - w) * A_global,   w = sigmoid(sharpness * (H - midpoint))          (arXiv 2508.04138)
 
     H: `answer_entropy` in bits; A_local: GRPO; A_global: `copo_global_advantages`. COPO itself blends two *losses*
-    (`tokenpo.losses.copo_loss`): that has the gradient of this where no ratio is clipped (the first update on a
-    batch), and differs where clipping depends on the sign of an advantage. `answer_ids` (B,): equal final answers,
-    equal id. Rows without tokens or without a reward (NaN) get 0; so do groups of one in A_local (`singleton` as in
-    `grpo_advantages`). Equal rewards give A_local 0, and A_global 0 where all prompts earn the same. Returns (B, T),
-    zero off the mask, detached.
+    (`tokenpo.losses.copo_loss`): that has the gradient of this where no ratio is clipped (the first update on a batch),
+    and differs where clipping depends on the sign of an advantage. `answer_ids` (B,): equal final answers, equal id; no
+    answer is one answer. Rows without tokens or without a reward (NaN) get 0; so do groups of one in A_local
+    (`singleton` as in `grpo_advantages`). Equal rewards give A_local 0, and A_global 0 where all prompts earn the same.
+    Returns (B, T), zero off the mask, detached.
     """
     groups = group_rows(rewards, group, mask)
     entropy = answer_entropy(rewards, group, mask, answer_ids)

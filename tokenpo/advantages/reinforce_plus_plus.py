@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tokenpo import masked
@@ -12,6 +11,8 @@ from tokenpo.methods import Fraction, NonNegative, method
 
 TITLE = "REINFORCE++: Stabilizing Critic-Free Policy Optimization with Global Advantage Normalization"
 PAPER = "https://arxiv.org/abs/2501.03262"
+ADDED = 1e-8
+"""Means over the tokens of a batch divide by their count plus this, as in verl."""
 
 
 @method("reinforce_plus_plus", kind="estimator", title=TITLE, paper=PAPER, golden=("reinforce_plus_plus",))
@@ -28,14 +29,16 @@ def reinforce_plus_plus_advantages(
 
         G_t = sum_{k >= t} gamma^(k-t) r_k,    A_t = (G_t - mean) / sqrt(var + eps)                (arXiv 2501.03262)
 
-    mean and var (over n - 1) of G over the counted tokens: a long row weighs more. `token_rewards` (B, T): all of
-    them, the row's reward and any KL penalty included; left out, `rewards` (B,) lies on the last token. `group` is
-    not read: a group of one is like any row. Rows without a reward (NaN) get 0 and no part in the statistics; so does
-    a row without tokens. Equal returns give exactly 0. Returns (B, T), zero off the mask, detached.
+    mean and var (over n - 1) of G over the counted tokens: a long row weighs more. `token_rewards` (B, T): all of them,
+    the row's reward and any KL penalty included, as the credit `kl_in_reward` has it; left out, `rewards` (B,) lies on
+    the last token. `group` is not read: a group of one is like any row. Rows without a reward (NaN) get 0 and no part
+    in the statistics; so does a row without tokens. Equal returns give exactly 0. Returns (B, T), zero off the mask,
+    detached.
     """
     groups = group_rows(rewards, group, mask)
     counted = mask & groups.valid.unsqueeze(-1)
-    return whitened(reinforce_returns(rewards, counted, token_rewards, gamma=gamma), counted, eps)
+    returns = reinforce_returns(rewards, counted, token_rewards, gamma=gamma)
+    return masked.whiten(returns, counted, eps, added=ADDED)
 
 
 def reinforce_returns(
@@ -62,21 +65,4 @@ def reinforce_plus_plus_baseline_advantages(
     """
     groups = group_rows(rewards, group, mask)
     x = on_tokens(with_singletons(centred(groups), groups.rewards, groups, singleton), groups, mask)
-    return whitened(x, mask & groups.valid.unsqueeze(-1), eps)
-
-
-def whitened(x: Tensor, mask: Tensor, eps: float) -> Tensor:
-    """(B, T) (x - mean) / sqrt(var + eps) over the whole mask, var over n - 1; exactly 0 where all values are equal.
-
-    Means divide by n + 1e-8, as verl does: of the order of 1e-8 / n away from `masked.whiten`.
-    """
-    values = masked.select(x, mask)
-    n = mask.sum().to(values.dtype)
-    mean = values.sum() / (n + 1e-8)
-    squares = masked.select((values - mean).square(), mask)
-    var = squares.sum() / (n + 1e-8) * n / (n - 1).clamp(min=1)
-    white = (values - mean) * (var + eps).rsqrt()
-    if not x.numel():
-        return white
-    varied = masked.select(x, mask, torch.inf).amin() < masked.select(x, mask, -torch.inf).amax()
-    return masked.select(white, mask & varied)
+    return masked.whiten(x, mask & groups.valid.unsqueeze(-1), eps, added=ADDED)

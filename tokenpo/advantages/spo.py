@@ -19,8 +19,13 @@ TITLE = "Segment Policy Optimization: Effective Segment-Level Credit Assignment 
 PAPER = "https://arxiv.org/abs/2505.23564"
 
 
+@method("spo_tokens", kind="filter", title=TITLE, paper=PAPER, needs=("old_logps",), golden=("spo_chain",))
 def spo_loss_tokens(old_logps: Tensor, mask: Tensor, *, threshold: Fraction = 0.9) -> Tensor:
-    """(B, T) bool: the uncertain tokens, exp(old_logps) < threshold. SPO trains, counts and whitens over these only."""
+    """(B, T) bool: the uncertain tokens, exp(old_logps) < threshold. SPO trains, counts and whitens over these only.
+
+    As published the tree is the list `spo_tree, spo_tree_kept, spo_tokens, whiten`, the chain, which whitens itself,
+    `spo_chain, spo_tokens`: a filter takes tokens out of the mask that `whiten` and the loss count.
+    """
     expect_shape("old_logps", old_logps, mask.shape, "one log-prob a token of mask")
     return mask & (masked.select(old_logps.detach(), mask).exp() < threshold)
 
@@ -93,9 +98,10 @@ def spo_chain_advantages(
         A_t = (x_t - mean) / sqrt(var + eps) on uncertain tokens, exp(old_logps) < threshold       (arXiv 2505.23564)
 
     mean, var (over n - 1): of x on the uncertain tokens. `old_logps`, `prefix_values` and segments as in
-    `spo_cutpoints`, `spo_segment_advantages`. Zero on sure tokens, which SPO does not train: give the objective
-    `spo_loss_tokens` as its mask. `group` is not read: the baselines are the values. Rows without a reward (NaN) or
-    without an uncertain token get 0 and no part in the statistics; equal x give exactly 0. Returns (B, T), detached.
+    `spo_cutpoints`, `spo_segment_advantages`. Zero on sure tokens, which SPO does not train: let the filter
+    `spo_tokens` follow, which takes them out of the mask of the loss. `group` is not read: the baselines are the
+    values. Rows without a reward (NaN) or without an uncertain token get 0 and no part in the statistics; equal x give
+    exactly 0. Returns (B, T), detached.
     """
     known = group_rows(rewards, group, mask).valid.unsqueeze(-1)
     counted = spo_loss_tokens(old_logps, mask, threshold=threshold) & known
@@ -105,14 +111,7 @@ def spo_chain_advantages(
 
 def whitened_over(x: Tensor, mask: Tensor, counted: Tensor, *, eps: Positive = 1e-8) -> Tensor:
     """(B, T) `x` of every token of `mask` by mean and unbiased variance over `counted`, or over all where none is."""
-    counted = counted & mask if bool((counted & mask).any()) else mask
-    values = masked.select(x.detach(), mask)
-    if not bool(mask.any()):
-        return values
-    # From the least value on, so that equal values have exactly themselves as their mean.
-    values = values - masked.select(values, counted, torch.inf).amin()
-    white = (values - masked.mean(values, counted)) * (masked.var(values, counted) + eps).rsqrt()
-    return masked.select(white, mask)
+    return masked.whiten(x.detach(), mask, eps, counted=counted)
 
 
 @method("spo_tree", kind="estimator", title=TITLE, paper=PAPER, needs=("parent",), golden=("spo_tree",))

@@ -14,8 +14,8 @@ TITLE = "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Lang
 PAPER = "https://arxiv.org/abs/2402.03300"
 
 
-def _groups(rewards: Tensor, group: Tensor, mask: Tensor, token_rewards: Tensor) -> Groups:
-    """Rows without a reward, or with a token reward that is no number, are left out."""
+def credited_groups(rewards: Tensor, group: Tensor, mask: Tensor, token_rewards: Tensor) -> Groups:
+    """`group_rows`, rows without a reward or with a token reward that is no number being left out."""
     expect_shape("token_rewards", token_rewards, mask.shape, "one reward a token of mask")
     broken = ~torch.isfinite(masked.select(token_rewards.detach(), mask)).all(-1)
     return group_rows(torch.where(broken, torch.nan, masked.widen(rewards.detach())), group, mask)
@@ -53,7 +53,7 @@ def to_go_advantages(
     mask, detached. Equal returns and groups of one row with tokens give 0; rows without a reward (NaN there or in a
     token reward) give 0 and take no part.
     """
-    groups = _groups(rewards, group, mask, token_rewards)
+    groups = credited_groups(rewards, group, mask, token_rewards)
     known = masked.select(token_rewards.detach(), mask & groups.valid.unsqueeze(-1))
     return _standardised(discounted_to_go(known, mask, gamma), groups, mask, eps)
 
@@ -66,6 +66,6 @@ def total_advantages(
 
     `to_go_advantages` with G_t = sum of all r of the row. Credit that sums to the reward gives `grpo_advantages`.
     """
-    groups = _groups(rewards, group, mask, token_rewards)
+    groups = credited_groups(rewards, group, mask, token_rewards)
     total = masked.sum(token_rewards.detach(), mask & groups.valid.unsqueeze(-1), -1)
     return _standardised(on_tokens(total, groups, mask), groups, mask, eps)

@@ -42,6 +42,9 @@ NOT_RUN = {
     "overlong": "changes rewards of long responses, and all are of one length",
     "token_rewards_to_go": "runs by the credit it is given, in rows of their own",
     "token_rewards_total": "credit that sums to the reward makes it grpo",
+    **dict.fromkeys(
+        ["matchtir_advantages", "matchtir_released_advantages"], "reads rewards of turns, which this task has none of"
+    ),
 }
 """Estimators and shapers that have no run of that name, and why."""
 

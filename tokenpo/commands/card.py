@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenpo import methods
+from tokenpo.commands.loading import ADAPTER, BASE
 from tokenpo.commands.merging import Difference
 
 SECTIONS = ("Method", "Data", "Command", "Numbers", "Use")
@@ -25,31 +26,39 @@ MEASURED = (
 
 
 def model_card(
-    config: Any, summary: dict[str, Any], *, name: str, is_adapter: bool, merge: Difference | None = None
+    config: Any,
+    summary: dict[str, Any],
+    *,
+    name: str,
+    is_adapter: bool,
+    merge: Difference | None = None,
+    model: Path | None = None,
 ) -> str:
     """README.md of an export: metadata as the hub reads it, then the sections.
 
-    `config`: the run's TrainConfig or RLConfig; `summary`: its summary.json; `name`: what the card calls the model.
-    Folders of this machine appear by their last part only.
+    `config`: the run's TrainConfig or RLConfig; `summary`: its summary.json; `name`: what the card calls the model;
+    `model`: the folder that the run saved it in, left out: that which it started from. Folders of this machine appear
+    by their last part only.
     """
     from huggingface_hub import ModelCardData
 
     online = config.task == "online"
     found = list(_methods(summary))
+    base, quantize = _under(Path(config.model).expanduser() if model is None else model, config)
     data = ModelCardData(
-        base_model=None if _is_local(config.model) else config.model,
+        base_model=None if _is_local(base) else base,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["tokenpo", "reinforcement-learning" if online else "preference-optimization", *(m.name for m in found)],
     )
-    start = f"`{short(config.model)}`"
+    start = f"`{short(base)}`"
     what = f"An adapter for {start}, trained" if is_adapter else f"{start}, fine-tuned"
     paragraphs = {
         "Method": _method(summary, found),
         "Data": _data(config),
         "Command": f"```bash\n{command(config)}\n```",
         "Numbers": "\n\n".join(_numbers(summary, merge)),
-        "Use": _use(name, is_adapter, config.quantize),
+        "Use": _use(name, is_adapter, quantize),
     }
     text = "\n\n".join(f"## {section}\n{paragraphs[section]}" for section in SECTIONS)
     return f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{what} with tokenpo.\n\n{text}\n"
@@ -65,6 +74,13 @@ def command(config: Any) -> str:
         if value != default and field.name not in ("output", "resume", "task"):
             words += [f"{key}={text}" for key, text in _words(field.name, value)]
     return " ".join(shlex.quote(word) for word in words)
+
+
+def _under(folder: Path, config: Any) -> tuple[str, str | None]:
+    """The whole model that a run stands on and its four bits; of one that goes on with an adapter, the adapter's."""
+    read = lambda name: json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+    base = None if config.lora is not None else read(ADAPTER).get("base_model_name_or_path")
+    return str(base or config.model), read(BASE).get("quantize", config.quantize)
 
 
 def short(name: Any) -> str:

@@ -73,9 +73,16 @@ def after(config: TrainConfig, trainer: Any, pairs: list[dict[str, Any]]) -> dic
     # The start knows no control tokens, so no KL of controlled text to it exists.
     if (reference is None or reference.stored is not None) and trainer.loss.kind != "controlled_pairs":
         model = trainer.accelerator.unwrap_model(trainer.model)
-        mode = "adapter-off" if config.lora is not None else f"model:{config.model}"
-        reference = make_reference(mode, model, load=loader(config))
+        reference = make_reference(start_mode(config), model, load=loader(config))
     return measure(config, trainer, pairs, reference)
+
+
+def start_mode(config: Any) -> str:
+    """The reference that is the model a run started from: its base, unless a fresh adapter changed that."""
+    from tokenpo.reference.modes import CHANGED_BASE
+
+    start = str(config.lora_options.get("init_lora_weights", "")).lower()
+    return f"model:{config.model}" if config.lora is None or start.startswith(CHANGED_BASE) else "adapter-off"
 
 
 def bayes_rate(config: TrainConfig, pairs: list[dict[str, Any]]) -> float | None:

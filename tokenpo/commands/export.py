@@ -80,7 +80,8 @@ def export(config: ExportConfig) -> Path:
         else:
             copy_model(run, draft)
         name = config.push or run.folder.resolve().name
-        card = model_card(run.config, run.summary, name=name, is_adapter=has_adapter(str(draft)), merge=measured)
+        card = model_card(run.config, run.summary, name=name, is_adapter=has_adapter(str(draft)), merge=measured,
+                          model=run.model)  # fmt: skip
         (draft / "README.md").write_text(card, encoding="utf-8")
         numbers = None if measured is None else measured.as_dict()
         write_json(draft / MARK, {"run": run.digest, "merge": numbers, "tokenpo": __version__})

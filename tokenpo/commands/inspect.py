@@ -35,7 +35,7 @@ class InspectConfig:
     """
 
     model: str | None = None
-    """Folder of a model or of a run of `tokenpo train`, a hub name, or 'embedded'."""
+    """Folder of a model, of a run of `tokenpo train` or `tokenpo rl`, a hub name, or 'embedded'."""
     data: str | None = None
     """Preference pairs: a JSONL, Parquet or CSV file, a dataset folder, or 'embedded'. Left out: those that the run
     held out, else 'embedded' (its held-out pairs)."""
@@ -48,7 +48,7 @@ class InspectConfig:
     beta: float = 0.1
     """Factor of implicit rewards, of a model that is not a run with a beta of its own."""
     pairs: int = 24
-    """Pairs shown, from the beginning."""
+    """Pairs shown, from the beginning; of a run of `tokenpo rl` completions, of its last and its first update."""
     columns: dict[str, str] = field(default_factory=dict)
     """Where your columns have other names: {prompt: question}."""
     max_length: int = 1024
@@ -64,7 +64,7 @@ class InspectConfig:
     formats: str = "html,jsonl"
     """What to write, with commas between: html (report.html), jsonl and parquet (tokens.*), png (a picture a pair)."""
     show: int = 1
-    """Pairs printed in the terminal."""
+    """Pairs, or prompts with their completions, printed in the terminal."""
 
 
 def inspect(config: InspectConfig) -> Path:
@@ -81,7 +81,10 @@ def inspect(config: InspectConfig) -> Path:
         config = replace(config, model=str(small_run(config)), credit=config.credit or FIRST_CREDIT)
     run = Path(str(config.model)) if report.is_run(str(config.model)) else None
     folder = Path(config.output or run or "runs/inspect")
-    found = of_run(config, run) if run else of_model(config)
+    if run and report.is_online(run):
+        found = of_online_run(config, run)
+    else:
+        found = of_run(config, run) if run else of_model(config)
     report.show(found, groups=config.show)
     if "html" in formats:
         report.write_html(found, folder / "report.html")
@@ -106,6 +109,19 @@ def small_run(config: InspectConfig) -> Path:
         few = {"max_steps": FIRST_STEPS, "eval_every": FIRST_STEPS // 2, "samples": 32, "log_every": 1}
         train(TrainConfig(**{**preset("dpo"), **few, "output": str(folder)}))
     return folder
+
+
+def of_online_run(config: InspectConfig, run: Path) -> Report:
+    """Curves of a run of `tokenpo rl`, and its completions by the advantages they were trained with; no model loads."""
+    from tokenpo import report
+
+    for name in ("data", "credit", "settings", "reference", "columns"):
+        if getattr(config, name):
+            raise InputError(
+                f"{name} does not fit {run}, an online run, whose own completions are shown: leave it out, or give "
+                f"model={run / 'model'} to show its model on pairs"
+            )
+    return report.online_report(run, completions=config.pairs)
 
 
 def of_run(config: InspectConfig, run: Path) -> Report:

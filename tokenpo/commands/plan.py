@@ -40,7 +40,8 @@ class PlanConfig:
     response_tokens: int | None = None
     """Tokens of a response; left out: what the prompt leaves of max_length (rl: max_new_tokens)."""
     devices: int = 1
-    """Cards that share weights, gradients and optimizer (FSDP2, ZeRO-3); the plan is for one of them."""
+    """Cards that share weights, gradients and optimizer (FSDP2, ZeRO-3); the plan is for one of them. Weights in four
+    bits are not shared out."""
     picture: str = "plan.png"
     """Where the stacked bars are drawn; an empty one draws nothing."""
     json: bool = False
@@ -113,6 +114,7 @@ def plan(config: TrainConfig | RLConfig, settings: PlanConfig, card: tuple[str, 
     if card is not None and memory is not None:
         found["size"] = memory
         found["largest"] = largest(lambda n: peak(n).total, memory, given.step)
+        found["capped"] = found["largest"] + given.step > MOST
         rate = (settings.tflops or card[1].tflops) * 1e12 * settings.utilisation
         found["seconds"] = given.flops / rate + given.moved / (card[1].bandwidth * 1e9 * settings.utilisation)
     elif settings.tflops is not None:
@@ -150,7 +152,8 @@ def show(found: dict[str, Any], settings: PlanConfig, card: tuple[str, Card] | N
     else:
         print(f"micro-batches of {batch} {found['what']}s, {found['lengths']}\n\n{table(peaks[batch])}\n")
         if card is not None:
-            print(f"{card[0]}: {verdict(found['size'], peaks, batch, found['largest'], found['what'])}")
+            said = verdict(found["size"], peaks, batch, found["largest"], found["what"], capped=found["capped"])
+            print(f"{card[0]}: {said}")
         if "seconds" in found:
             rate = settings.tflops or (card[1].tflops if card else 0)
             print(

@@ -27,15 +27,18 @@ def table(peak: Peak) -> str:
     return "\n".join([*rows, f"{'peak':20} {peak.total / GB:8.3f}  at {peak.where}"])
 
 
-def verdict(size: int, peaks: Mapping[int, Peak], batch: int, largest: int, what: str) -> str:
-    """Whether micro-batches of `batch` fit `size` bytes, and the largest that do; 0: none does."""
+def verdict(size: int, peaks: Mapping[int, Peak], batch: int, largest: int, what: str, *, capped: bool = False) -> str:
+    """Whether micro-batches of `batch` fit `size` bytes, and the largest that do; 0: none does.
+
+    `capped`: no larger one was tried.
+    """
     total = peaks[batch].total
     fits = f"batch_size={batch} fits" if total <= size else f"batch_size={batch} does not fit"
     said = f"{fits}: {total / GB:.1f} of {size / GB:g} GB."
     if largest == 0:
         return f"{said} Not even one {what} a micro-batch does, which takes {peaks[min(peaks)].total / GB:.1f} GB."
     most = f"batch_size={largest}, {peaks[largest].total / GB:.1f} GB"
-    return f"{said} The largest micro-batch that does: {largest} ({most})."
+    return f"{said} The largest micro-batch that does: {largest}{' or more' if capped else ''} ({most})."
 
 
 def duration(seconds: float) -> str:

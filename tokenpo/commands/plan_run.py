@@ -195,6 +195,11 @@ def _run(
     quantize, lora = config.quantize or held_bits, adapter_options(config, held_adapter)
     if quantize is not None and lora is None:
         raise InputError(f"the weights of {config.model} are quantised and cannot train: give lora, a rank")
+    if quantize is not None and devices > 1:
+        raise InputError(
+            f"devices {devices}: weights in four bits are not sharded, so each card needs what one needs (DDP): leave "
+            "devices out"
+        )
     checkpoints = trainer.get("activation_checkpointing", trainer.get("gradient_checkpointing", False))
     how = trainer.get("activation_checkpointing_kwargs", trainer.get("gradient_checkpointing_kwargs")) or {}
     autocast = torch.bfloat16 if trainer.get("bf16") else torch.float16 if trainer.get("fp16") else None

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenpo.commands.config import loader
 from tokenpo.commands.loading import first_line, load_tokenizer, model_folder, prepare_threads, trains_adapter
-from tokenpo.commands.rl_compare import at_start, measure, score_with, show
+from tokenpo.commands.rl_compare import at_start, measure, show
 from tokenpo.commands.rl_config import RLConfig
 from tokenpo.errors import InputError
-from tokenpo.methods import nearest
+from tokenpo.methods import bind, nearest
+
+SCORED = 16
+"""Responses that a reward model reads at a time."""
 
 
 def rl(config: RLConfig) -> Path:
@@ -26,8 +30,8 @@ def rl(config: RLConfig) -> Path:
     return fit(config, open_run(config, f"rl-{entry if isinstance(entry, str) else entry['name']}"), reward)  # type: ignore[arg-type]
 
 
-def check(config: RLConfig) -> Callable[..., Any] | str:
-    """The reward function, after every setting that needs no model was looked at."""
+def check(config: RLConfig) -> Callable[..., Any]:
+    """The reward function, after every setting that needs no model was looked at; last, a reward model loads."""
     from tokenpo.advantages import compose, compose_objective
     from tokenpo.commands.runs import check_settings
     from tokenpo.reference import check_mode
@@ -36,27 +40,71 @@ def check(config: RLConfig) -> Callable[..., Any] | str:
         config,
         ["group_size", "batch_size", "accumulate", "updates", "max_new_tokens", "max_steps", "log_every"],
     )
-    rows = config.batch_size * config.accumulate
-    if config.group_size < 2 or rows % config.group_size:
-        raise InputError(
-            f"group_size {config.group_size} must be at least 2 and divide the {rows} responses of an update "
-            f"(batch_size {config.batch_size} x accumulate {config.accumulate}), or a group would be incomplete"
-        )
+    check_groups(config)
     if not config.temperature > 0:
         raise InputError(f"temperature must be positive, got {config.temperature}")
     sampling = importlib.import_module("tokenpo.integrations.sampling")
     more = sampling.make_sampling(config.sampling)
-    available = _engine().available(more.gives, config.credit is not None, config.critic is not None,
+    inputs = {*more.gives, *(["dpo_logps"] if "dpo" in (config.credit or {}) else [])}
+    available = _engine().available(inputs, config.credit is not None, config.critic is not None,
                                     config.correct_above is not None, config.reference)  # fmt: skip
-    compose(config.advantages, available=available)
-    compose_objective(config.objective, available=available)
+    composition = compose(config.advantages, available=available)
+    objective = compose_objective(config.objective, available=available)
+    check_aggregation(config.objective)
+    reads = check_credit(config.credit, available)
+    if config.critic is not None:
+        bind("critic", importlib.import_module("tokenpo.integrations.critic").Critic, config.critic)
     check_mode(config.reference)
     model_folder(config.model)
     given = arguments(config, Path("unused"))
+    checks = importlib.import_module("tokenpo.integrations.trl_checks")
+    checks.check_read(composition, objective, more, credit=config.credit is not None,
+                      critic=config.critic is not None, others=reads)  # fmt: skip
+    checks.check_generation(composition, config.critic, given, None)
     sampling.check_sampling(more, given, None)
     if config.stages is not None:
         _engine().check_stages(config.stages, given)
     return reward_function(config.reward)
+
+
+def check_groups(config: RLConfig) -> None:
+    """Refuse a group that the responses of an update, of all processes together, would cut."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = config.batch_size * config.accumulate * processes
+    if config.group_size < 2 or rows % config.group_size:
+        more = f" x {processes} processes" if processes > 1 else ""
+        raise InputError(
+            f"group_size {config.group_size} must be at least 2 and divide the {rows} responses of an update "
+            f"(batch_size {config.batch_size} x accumulate {config.accumulate}{more}), or a group would be incomplete"
+        )
+
+
+def check_aggregation(objective: dict[str, Any]) -> None:
+    """Refuse an aggregation that lacks the constant it divides by."""
+    import torch
+
+    from tokenpo import masked, methods
+
+    values = {**methods.get(objective["name"], "policy_gradient").defaults, **objective}
+    if values.get("aggregation") is not None:
+        none = torch.zeros(1, 1)
+        masked.aggregation_sums(none, none.bool(), values["aggregation"], length=values.get("length"))
+
+
+def check_credit(credit: dict[str, Any] | None, available: Collection[str]) -> Sequence[str]:
+    """What the credit method reads; refused are an unknown one, or one that reads what the run does not have."""
+    from tokenpo.integrations.rollouts import credit_function
+
+    if credit is None:
+        return ()
+    if "dpo" in credit:
+        model_folder(str(credit["dpo"]))
+    _, needs = credit_function({key: value for key, value in credit.items() if key != "dpo"})
+    for need in needs:
+        if need not in available:
+            remedy = "give dpo, the folder of a DPO model" if need == "dpo_logps" else "take another method"
+            raise InputError(f"credit '{credit['name']}' needs '{need}', which is not available: {remedy}")
+    return needs
 
 
 def _engine() -> Any:
@@ -66,8 +114,10 @@ def _engine() -> Any:
         raise InputError(f"tokenpo rl needs TRL ({reason}): pip install 'tokenpo[trl]'") from reason
 
 
-def reward_function(name: str) -> Callable[..., Any] | str:
-    """A function in TRL's signature; the folder of a reward model as it is."""
+def reward_function(name: str) -> Callable[..., Any]:
+    """A function in TRL's signature; a reward model reads the text in tokens of its own."""
+    from tokenpo.evaluation import scorers
+
     if name == "true_reward":
         from tokenpo.data.reviews import true_reward
 
@@ -75,12 +125,15 @@ def reward_function(name: str) -> Callable[..., Any] | str:
             return [true_reward(text if isinstance(text, str) else text[-1]["content"]) for text in completions]
 
         return of_reviews
-    if Path(name).is_dir():
-        return name
+    if name in scorers.SCORERS:
+        scorers.SCORERS[name]([])  # says now which package it lacks
+    if name in scorers.SCORERS or Path(name).is_dir():
+        return scorers.reward_function(name, max_length=None, batch_size=SCORED)
     module, _, attribute = name.partition(":")
     if not attribute:
         raise InputError(
-            f"reward '{name}' is neither true_reward, nor module:function, nor the folder of a reward model"
+            f"reward '{name}' is neither true_reward, nor {' nor '.join(scorers.SCORERS)}, nor module:function, nor "
+            "the folder of a reward model"
         )
     try:
         found = getattr(importlib.import_module(module), attribute, None)
@@ -155,25 +208,30 @@ def check_lengths(config: RLConfig, rows: Any, model: Any, tokenizer: Any) -> No
             )
 
 
-def fit(config: RLConfig, run: Path, reward: Callable[..., Any] | str) -> Path:
+def fit(config: RLConfig, run: Path, reward: Callable[..., Any]) -> Path:
     """Load, train, compare before with after, write."""
+    import datasets
     import transformers
 
     from tokenpo.commands.compare import write_json
     from tokenpo.commands.runs import run_training, save_model, say, versions
     from tokenpo.commands.train import load_policy
+    from tokenpo.integrations.rewards import forget_from
     from tokenpo.integrations.trl import TokenGRPOTrainer
-    from tokenpo.training import ProgressLine
+    from tokenpo.report import write_run_report
+    from tokenpo.training import ProgressLine, last_checkpoint
 
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)  # TRL's calls
+    datasets.disable_progress_bars()  # a reward model tokenises at every step
+    warnings.filterwarnings("ignore", r"in \d+ of \d+ rows .* once a response follows", UserWarning)
     transformers.set_seed(config.seed)
     tokenizer, rows = load_tokenizer(config.model), read_prompts(config)
     model = load_policy(config)  # type: ignore[arg-type]
     prepare_threads(model)
     check_lengths(config, rows, model, tokenizer)
     trainer = TokenGRPOTrainer(
-        model, score_with(reward, tokenizer) if isinstance(reward, str) else reward, arguments(config, run),
+        model, reward, arguments(config, run),
         train_dataset=rows, processing_class=tokenizer, advantages=config.advantages, objective=config.objective,
         critic=config.critic, sampling=config.sampling, stages=config.stages, correct_above=config.correct_above,
         reference=config.reference, load_reference=loader(config),  # type: ignore[arg-type]
@@ -183,11 +241,14 @@ def fit(config: RLConfig, run: Path, reward: Callable[..., Any] | str) -> Path:
     trainer.remove_callback(transformers.PrinterCallback)
     names = [entry if isinstance(entry, str) else entry["name"] for entry in config.advantages]
     say(f"{' + '.join(names)} under {config.objective['name']} on {len(rows)} prompts; run folder {run}")
+    if trainer.is_world_process_zero() and last_checkpoint(run / "checkpoints") is None:
+        for file in ("rollouts.jsonl", "continuations.jsonl"):  # of a run that was killed before its first checkpoint
+            forget_from(run / file, 0)
     before = at_start(config, run, trainer, rows, reward)
     trained = run_training(trainer, run, resume=config.resume)
     logged = list(trainer.state.log_history)
     save_model(trainer, run / "model")
-    after = measure(config, trainer, rows, reward) if config.samples else None
+    after = measure(config, run, trainer, rows, reward) if config.samples else None
     if not trainer.is_world_process_zero():
         return run
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
@@ -201,7 +262,8 @@ def fit(config: RLConfig, run: Path, reward: Callable[..., Any] | str) -> Path:
         pairs = [{"prompt": a["prompt"], "before": a, "after": b} for a, b in zip(old, new, strict=True)]
         (run / "samples.jsonl").write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs))
     write_json(run / "summary.json", summary)
-    say(f"written: {run}/ (model/, summary.json, metrics.jsonl, rollouts.jsonl)")
+    write_run_report(run)
+    say(f"written: {run}/ (model/, summary.json, metrics.jsonl, rollouts.jsonl, report.html)")
     return run
 
 

@@ -17,7 +17,8 @@ class RLConfig:
     prompts: str = "embedded"
     """Rows with a 'prompt' (text or messages): JSONL, Parquet or CSV; other columns go to the reward function."""
     reward: str = "true_reward"
-    """true_reward: of the embedded reviews. Or module:function in TRL's signature, or a reward model's folder."""
+    """true_reward: of the embedded reviews. Or module:function in TRL's signature, a reward model's folder, math-verify
+    (reads the column 'answer'), or reasoning-gym (reads 'entry')."""
     advantages: list[Any] = field(default_factory=lambda: ["grpo"])
     """An estimator, then shapers and filters in order: [{name: ktae}, {name: a3po, fraction: 0.1}, whiten]."""
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "ppo_clip"})

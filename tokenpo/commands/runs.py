@@ -94,6 +94,7 @@ def save_model(trainer: Any, folder: Path) -> None:
         ) from reason
     trainer.accelerator.wait_for_everyone()
     if writes:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before its summary
         draft.rename(folder)
 
 

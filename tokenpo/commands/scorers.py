@@ -172,17 +172,21 @@ def contrastive_scores(reader: Reader, *, contrast: NonNegative = 1.0) -> Tensor
     from tokenpo.statistics import LinearHead, at_responses, hidden_before_head
 
     pairs, mask = len(reader.rows), reader("mask")
-    logits = []
+    counted, rows, heads = mask[pairs:], [], []
     with torch.no_grad():
         for key in ("positive", "negative"):
             model = language_model(reader.job, key)
             batch = {name: value[pairs:] for name, value in reader.on(model).items()}
-            rows = at_responses(hidden_before_head(model, batch), batch)
-            logits.append(LinearHead.of(model).logits(rows).cpu())
-    width = logits[0].shape[1]
-    tokens, counted = reader("tokens")[pairs:, :width], mask[pairs:, :width]
-    scores = credit.contrastive_scores(logits[0], logits[1], tokens, counted, beta=contrast)
-    rejected = torch.nn.functional.pad(1.0 - scores, (0, mask.shape[1] - width))
+            states = at_responses(hidden_before_head(model, batch), batch).cpu()
+            rows.append(states[counted[:, : states.shape[1]]])
+            heads.append(LinearHead.of(model))
+        scores = []
+        # logits of a few rows at a time: (P, T, vocabulary) of two models is gigabytes
+        for *part, taken in zip(*(x.split(256) for x in (*rows, reader("tokens")[pairs:][counted])), strict=True):
+            good, bad = (h.logits(x.to(h.weight.device))[None] for h, x in zip(heads, part, strict=True))
+            ids = taken[None].to(good.device)
+            scores.append(credit.contrastive_scores(good, bad, ids, torch.ones_like(ids).bool(), beta=contrast)[0])
+    rejected = torch.ones(counted.shape).masked_scatter(counted, 1.0 - torch.cat(scores).cpu())
     return torch.cat([torch.ones(pairs, mask.shape[1]), rejected])
 
 

@@ -137,6 +137,7 @@ SOURCES: dict[str, Source] = {
 }
 
 NOT_SOURCES: dict[str, str] = {
+    "kl_in_reward": "the penalty of a policy that samples; for stored responses rto with dpo_coef=0",
     "shaping_terms": "the part of potential_shaping that is added to rewards; alone it knows no reward",
     "subtract_kl": "takes a penalty from rewards that another source gives, while a policy samples",
     "centred_advantages": "bends advantages of grouped rollouts, which pairs of stored responses are not",

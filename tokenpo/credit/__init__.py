@@ -52,6 +52,7 @@ from tokenpo.credit.edits import (
 )
 from tokenpo.credit.gae import gae, reward_to_go, total_return
 from tokenpo.credit.implicit import implicit_rewards
+from tokenpo.credit.kl_in_reward import kl_in_reward
 from tokenpo.credit.modified_tokens import modified_positions, modified_tokens
 from tokenpo.credit.prime import (
     prime_returns,
@@ -147,6 +148,7 @@ __all__ = [
     "gae",
     "greedy_matching",
     "implicit_rewards",
+    "kl_in_reward",
     "last_token_rewards",
     "last_token_shape",
     "lime_attribution",

@@ -48,7 +48,6 @@ def turn_ends(mask: Tensor) -> Tensor:
     return mask & ~torch.cat([mask[:, 1:], mask.new_zeros(len(mask), min(mask.shape[1], 1))], -1)
 
 
-@method("matchtir_advantages", kind="token_advantages", title=TITLE, paper=PAPER)
 def dual_level_advantages(
     token_rewards: Tensor, group: Tensor, mask: Tensor, *, gamma: Fraction = 0.9, eps: Positive = 1e-6
 ) -> Tensor:
@@ -63,7 +62,6 @@ def dual_level_advantages(
     return fuse_levels(trajectory, turn_advantages(token_rewards, group, mask, gamma=gamma, eps=eps), mask)
 
 
-@method("matchtir_released_advantages", kind="token_advantages", title=TITLE, paper=PAPER, golden=("matchtir",))
 def mean_dual_level_advantages(
     token_rewards: Tensor, group: Tensor, mask: Tensor, *, gamma: Fraction = 0.9, eps: Positive = 1e-6
 ) -> Tensor:
@@ -112,8 +110,10 @@ def turn_advantages(
 
 
 def _standardised(x: Tensor, group: Tensor, eps: float) -> Tensor:
-    mean, std, size = _group_moments(x, group)
-    return torch.where(size > 1, x - mean, x) / (torch.where(size > 1, std, 1.0) + eps)
+    groups, ids = torch.unique(group, return_inverse=True)
+    least = x.new_full((len(groups),), torch.inf).scatter_reduce(0, ids, x, "amin")[ids]
+    mean, std, size = _group_moments(x - least, ids)  # less the least: the mean of equal values carries no rounding
+    return torch.where(size > 1, x - least - mean, x) / (torch.where(size > 1, std, 1.0) + eps)
 
 
 def _group_moments(x: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -78,10 +78,13 @@ def make_scorer(name: str, **options: Any) -> Scorer:
 def model_scorer(
     model: RewardModel, rows: Sequence[Row], *, max_length: int | None = 1024, batch_size: int = 32
 ) -> list[Scored]:
-    """Scores and token values of a reward model; a response longer than `max_length` allows is cut at its end."""
+    """Scores and token values of a reward model; a response longer than `max_length` allows is cut at its end.
+
+    A response without text is its end of sequence alone.
+    """
     if not rows:
         return []
-    tokens = tokenize_responses(rows, model.tokenizer, max_length=max_length)
+    tokens = tokenize_responses([_ended(row, model.tokenizer) for row in rows], model.tokenizer, max_length=max_length)
     found = []
     for first in range(0, len(tokens), batch_size):
         part = [tokens[i] for i in range(first, min(first + batch_size, len(tokens)))]
@@ -91,8 +94,8 @@ def model_scorer(
         scores = model.reading.scores(outputs).tolist()
         values, rewards = model.reading.token_values(outputs), model.reading.token_rewards(outputs)
         for b, (row, score) in enumerate(zip(part, scores, strict=True)):
-            n = len(row["response_ids"])
-            spans = row["response_spans"] and [(start, end) for start, end in row["response_spans"]]
+            n, length = len(row["response_ids"]), len(_text(rows[first + b]))
+            spans = row["response_spans"] and [(s, e) if e <= length else (-1, -1) for s, e in row["response_spans"]]
             found.append(Scored(score, values[b, :n].tolist(), rewards[b, :n].tolist(), spans))
     return found
 
@@ -233,6 +236,17 @@ def _column(row: Row, name: str, index: int) -> Any:
     if row.get(name) is None:
         raise InputError(f"row {index} has no column '{name}', which the scorer compares with")
     return row[name]
+
+
+def _ended(row: Row, tokenizer: Any) -> Row:
+    """The row; where its response has no text, with the end of sequence written out, or it would have no token."""
+    response: Any = row.get("response")
+    last: Any = response[-1] if isinstance(response, list) and response else response
+    text = last.get("content") if isinstance(last, Mapping) else last
+    if not isinstance(text, str) or text.strip() or not tokenizer.eos_token:
+        return row
+    ended = text + tokenizer.eos_token
+    return {**row, "response": ended if last is response else [*response[:-1], {**last, "content": ended}]}
 
 
 def _text(row: Row) -> str:

@@ -51,6 +51,13 @@ class MoreRolloutsMixin:
     _calculate_rewards: Callable[..., Tensor]
 
     @property
+    def _spo_settings(self) -> dict[str, Any]:
+        """Those of `spo_cutpoints` that the entry of spo_chain sets, {} without one."""
+        estimator = self.composition.estimator
+        given = getattr(estimator.function, "keywords", {}) if estimator.name == "spo_chain" else {}
+        return {name: given[name] for name in ("threshold", "interval") if name in given}
+
+    @property
     def _group_size(self) -> int:
         return self.num_generations if self.model.training else self.num_generations_eval
 
@@ -141,10 +148,7 @@ class MoreRolloutsMixin:
 
         Equal prefixes of a prompt share theirs. A continuation may run to the length limit of a response.
         """
-        estimator = next(part for part in self.composition.parts if part.kind == "estimator")
-        given = getattr(estimator.function, "keywords", {})
-        settings = {name: given[name] for name in ("threshold", "interval") if name in given}
-        cuts = spo_cutpoints(rollouts.known["old_logps"], rollouts.mask, **settings).nonzero().tolist()
+        cuts = spo_cutpoints(rollouts.known["old_logps"], rollouts.mask, **self._spo_settings).nonzero().tolist()
         ids, lengths = rollouts.batch["input_ids"].tolist(), rollouts.batch["prompt_lengths"].tolist()
         groups = rollouts.group.tolist()
         places: dict[tuple[int, ...], list[tuple[int, int]]] = {}

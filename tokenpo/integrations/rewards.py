@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ def checked_reward(function: Any, failures: list[str]) -> Any:
         failures.append(f"the reward function '{name}' failed: {type(reason).__name__}: {what}".rstrip(": "))
         return [None] * expected
 
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
 
         async def later(**given: Any) -> list[float | None]:
             try:
@@ -37,7 +36,8 @@ def checked_reward(function: Any, failures: list[str]) -> Any:
             except Exception as reason:
                 return failed(reason, len(given["completions"]))
 
-        return functools.wraps(function)(later)
+        later.__name__ = name
+        return later
 
     def now(**given: Any) -> list[float | None]:
         try:
@@ -72,7 +72,20 @@ def write_rollouts(file: Path, rows: Sequence[Mapping[str, Any]], *, fresh: bool
 
 
 def forget_from(file: Path, step: int) -> None:
-    """Take rollouts of `step` and later out of `file`: a resumed run writes them again."""
+    """Take rollouts of `step` and later out of `file`: a resumed run writes them again.
+
+    What a kill left of a line goes too. Written beside and moved into place: a kill leaves the old file or the new one.
+    """
     if file.exists():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        file.write_text("".join(line for line in lines if json.loads(line)["step"] < step), encoding="utf-8")
+        lines = file.read_bytes().splitlines(keepends=True)  # of text, they would end at every U+2028 in a response too
+        draft = file.with_name(file.name + ".part")
+        draft.write_bytes(b"".join(line for line in lines if _step(line) < step))
+        draft.replace(file)
+
+
+def _step(line: bytes) -> float:
+    """The step of a line; of half a line, one that is later than all."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")

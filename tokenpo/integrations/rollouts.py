@@ -161,18 +161,56 @@ def gathered_objects(values: Sequence[Any]) -> list[Any]:
 
 
 def as_tensor(name: str, values: Any, mask: Tensor) -> Tensor:
-    """What an input function returned as a tensor with a row a rollout; strings become numbers over all processes."""
+    """What an input function returned as a tensor with a row a rollout; strings become numbers over all processes.
+
+    None among strings is a string like any other: rows without an answer share one, as COPO compares answers. A row of
+    numbers has one a token of the response; that of its last, which ends the sequence, may be left out and is 0.
+    """
     if not hasattr(values, "__len__") or len(values) != len(mask):
         raise InputError(f"{name} must have a row a rollout, {len(mask)} of them, got {values!r:.60}")
-    if isinstance(values[0], str):
-        known = {text: i for i, text in enumerate(sorted(set(gathered_objects(values))))}
-        return torch.tensor([known[v] for v in values], device=mask.device)
-    if isinstance(values[0], Sequence):
+    if not isinstance(values, Tensor) and any(v is None or isinstance(v, str) for v in values):
+        return _labels(name, values).to(mask.device)
+    if not isinstance(values, Tensor) and isinstance(values[0], Sequence):
         if max(map(len, values)) > mask.shape[1]:
             raise InputError(f"{name} has a row of {max(map(len, values))} numbers for at most {mask.shape[1]} tokens")
+        _check_lengths(name, [len(v) for v in values], mask)
+        broken = next((i for i, v in enumerate(values) if None in v), None)
+        if broken is not None:
+            raise InputError(f"{name}: rollout {broken} has None for a token: give each token a number")
         values = torch.cat([widened(torch.tensor(v).float().unsqueeze(0), mask.shape[1]) for v in values])
     found = torch.as_tensor(values, device=mask.device)
-    return widened(found, mask.shape[1]) if found.dim() == 2 and found.shape[1] < mask.shape[1] else found
+    if found.dim() != 2 or found.shape[1] >= mask.shape[1]:
+        return found
+    _check_lengths(name, [found.shape[1]] * len(mask), mask)
+    return widened(found, mask.shape[1])
+
+
+def _labels(name: str, values: Sequence[Any]) -> Tensor:
+    """(B,) int64: equal strings, of all processes, equal numbers; None one more."""
+    other = [v is not None and not isinstance(v, str) for v in values]
+    if any(other):
+        row = other.index(False)
+        raise InputError(
+            f"{name}: rollout {row} has {values[row]!r:.40} where others have numbers: give each numbers, or each a "
+            "string or None"
+        )
+    found = set(gathered_objects(values))
+    if found == {None} and name != "answer_ids":
+        raise InputError(f"{name} is None for every rollout: give each numbers, or a string")
+    known = {text: i for i, text in enumerate(sorted(found - {None}))}
+    return torch.tensor([known.get(v, len(known)) for v in values])
+
+
+def _check_lengths(name: str, lengths: Sequence[int], mask: Tensor) -> None:
+    """Refuse rows that end before their response does, but for the end of the sequence."""
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    tokens = torch.where(mask, columns, 0).amax(-1).tolist()
+    short = next((i for i, (n, t) in enumerate(zip(lengths, tokens, strict=True)) if n < t - 1), None)
+    if short is not None and name != "turn_rewards":  # of turns, not of tokens
+        raise InputError(
+            f"{name}: rollout {short} has {lengths[short]} numbers for {tokens[short]} tokens: give one a token; only "
+            "that of the last may be left out"
+        )
 
 
 def credit_function(config: str | Mapping[str, Any] | Input) -> tuple[Input, tuple[str, ...]]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenpo.advantages import AAPO, spo_loss_tokens, value_targets
 from tokenpo.advantages.compose import Composition, Objective
+from tokenpo.errors import InputError
 from tokenpo.integrations.critic import Critic
 from tokenpo.integrations.more_rollouts import MoreRolloutsMixin
 from tokenpo.integrations.rewards import write_rollouts
@@ -29,6 +32,9 @@ from tokenpo.integrations.rollouts import (
 from tokenpo.integrations.sampling import tree_columns
 from tokenpo.reference import Reference
 from tokenpo.statistics import LinearHead, PromptSharing
+from tokenpo.training.start import check_start
+
+logger = logging.getLogger(__name__)
 
 
 class ScoringMixin(MoreRolloutsMixin):
@@ -42,6 +48,9 @@ class ScoringMixin(MoreRolloutsMixin):
     critic: Critic | None
     correct_above: float | None
     reference: Reference | None
+    agrees: bool
+    start: dict[str, float] | None
+    is_deepspeed_enabled: bool
     sharing: PromptSharing
     stages: Callable[..., Tensor] | None
     model_wrapped: Any
@@ -52,6 +61,8 @@ class ScoringMixin(MoreRolloutsMixin):
     def add_advantages(self, out: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Into `out`, what TRL knows of a batch: advantages, mask of the loss, what the objective reads."""
         rollouts = self._rollouts(out)
+        if self.reference is not None and self.start is None and self.model.training and not self.state.global_step:
+            self.start = self._check_start(rollouts.batch)
         self._measure(rollouts, out)
         known = self._over_all_processes(rollouts)
         if self._aapo is not None and self._aapo.missing(known["prompts"]):
@@ -71,7 +82,7 @@ class ScoringMixin(MoreRolloutsMixin):
         if self.sampling.temperature is not None and self.model.training:
             self.sampling.temperature.update(known["entropy"], known["mask"])
         if self.critic is not None and self.model.training:
-            self._teach(self.critic, rollouts)
+            self._teach(self.critic, rollouts, self.composition.shaped(**known)[mine])
         self._keep(rollouts, out)
 
     def _rollouts(self, out: Mapping[str, Tensor]) -> Rollouts:
@@ -85,6 +96,23 @@ class ScoringMixin(MoreRolloutsMixin):
         group = torch.arange(first, first + n, device=mask.device) // self._group_size
         batch, ids = batch_of(out), out["completion_ids"]
         return Rollouts(rows, prompts, completions, batch, mask, ids, rewards, group, first, {}, self.model)
+
+    def _check_start(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        """`tokenpo.training.start.check_start` on the first rows that were sampled."""
+        if self.is_deepspeed_enabled:
+            logger.warning("weights are sharded by DeepSpeed: the check of the reference at step 0 is skipped")
+            return {}
+        rows = {name: x[:4] for name, x in batch.items()}
+        view: Any = SimpleNamespace(
+            model=self.model, reference=self.reference, accelerator=self.accelerator, train_dataset=rows["input_ids"],
+            data_collator=lambda _: rows, _prepare_inputs=lambda prepared: prepared,
+        )  # fmt: skip
+        try:
+            return check_start(view, self.agrees)
+        except InputError as reason:
+            if not any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules()):
+                raise
+            raise InputError(f"{reason}; the policy has dropout: set disable_dropout=True") from reason
 
     def _measure(self, rollouts: Rollouts, out: Mapping[str, Tensor]) -> None:
         """Statistics, values, inputs and credit of this process's rows, into `rollouts.known`."""
@@ -155,7 +183,8 @@ class ScoringMixin(MoreRolloutsMixin):
             value = known[name][mine]
             out[f"objective/{name}"] = value[:, :width] if value.dim() > 1 else value
         if self._is_spo:
-            out["loss_mask"] = spo_loss_tokens(known["old_logps"][mine, :width], out["loss_mask"])
+            threshold = {k: v for k, v in self._spo_settings.items() if k == "threshold"}
+            out["loss_mask"] = spo_loss_tokens(known["old_logps"][mine, :width], out["loss_mask"], **threshold)
 
     def _ask_the_reference(self, aapo: AAPO, prompts: list[str], inputs: list[dict[str, Any]]) -> None:
         """A response of the reference to every row of the batch: what AAPO compares with, sampled once a prompt."""
@@ -170,15 +199,16 @@ class ScoringMixin(MoreRolloutsMixin):
                 of_functions = self._calculate_rewards(inputs, asked, completions, ids)
             finally:
                 self.model_wrapped = policy
-        rewards = (of_functions * self.reward_weights.to(of_functions.device)).nansum(1).tolist()
+        rewards = self.weighted(of_functions).tolist()
         for prompt in aapo.missing(prompts):
             aapo.remember(prompt, [r for p, r in zip(prompts, rewards, strict=True) if p == prompt])
 
-    def _teach(self, critic: Critic, rollouts: Rollouts) -> None:
+    def _teach(self, critic: Critic, rollouts: Rollouts, rewards: Tensor) -> None:
+        """`rewards` (B,): those that the estimator saw."""
         usual = horizon(self.composition)
         gamma, lam = (u if own is None else own for own, u in zip((critic.gamma, critic.lam), usual, strict=True))
-        old, rewards = rollouts.known["values"], rollouts.known.get("token_rewards")
-        targets = value_targets(rollouts.rewards, rollouts.mask, old, rewards, gamma=gamma, lam=lam)
+        old, of_tokens = rollouts.known["values"], rollouts.known.get("token_rewards")
+        targets = value_targets(rewards, rollouts.mask, old, of_tokens, gamma=gamma, lam=lam)
         found = critic.learn(
             rollouts.batch, rollouts.mask, old, targets, chunk=self.args.per_device_train_batch_size,
             accelerator=self.accelerator,
@@ -219,7 +249,7 @@ class ScoringMixin(MoreRolloutsMixin):
 
 def horizon(composition: Composition) -> tuple[float, float]:
     """(gamma, lam) of what the critic learns: those of ppo_gae, lam = 1 for every other estimator."""
-    estimator = next(part for part in composition.parts if part.kind == "estimator")
+    estimator = composition.estimator
     given = getattr(estimator.function, "keywords", {})
     return given.get("gamma", 1.0), given.get("lam", 0.95) if estimator.name == "ppo_gae" else 1.0
 

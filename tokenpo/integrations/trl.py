@@ -36,12 +36,21 @@ from tokenpo.integrations.rollouts import (
 )
 from tokenpo.integrations.sampling import Heated, check_sampling, make_sampling, processed, tree_columns
 from tokenpo.integrations.scoring import ScoringMixin, available
-from tokenpo.integrations.trl_checks import check_hooks, check_stages, refuse_empty, refuse_settings
+from tokenpo.integrations.trl_checks import (
+    check_generation,
+    check_hooks,
+    check_read,
+    check_stages,
+    refuse_empty,
+    refuse_settings,
+)
 from tokenpo.methods import bind
 from tokenpo.reference import make_reference
+from tokenpo.reference.modes import check_mode
 from tokenpo.statistics import PromptSharing, response_stats
 from tokenpo.statistics.four_bit import keep_trainable
 from tokenpo.training import ExactLossMixin
+from tokenpo.training.start import must_agree
 
 STATE, SAMPLING = "advantages.json", "sampling.json"
 
@@ -63,7 +72,8 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
             `spo_chain`, `spo_tree`, `dynamic_sampling`, `hapo_temperature` (`tokenpo.integrations.sampling`).
         stages: `{"name": "lopti", "eta": 0.4}`: the two iterations over a batch (num_iterations=2) train the improbable
             tokens and then the others, denominators those of all tokens in both.
-        reference: a mode of `tokenpo.reference`, made only if something reads it; `load_reference` as there.
+        reference: a mode of `tokenpo.reference`, made only if something reads it; `load_reference` as there. Before the
+            first update it is compared with the policy, as in `tokenpo.training.start`.
         share_prompts: prompts of a group are computed once where the model can ("auto"), True, or False.
         run_folder: where rollouts are written; left out, args.output_dir. `keep_rollouts`: how many of every batch.
 
@@ -104,7 +114,7 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
         self.sampling = make_sampling(sampling)
         check_sampling(self.sampling, args, rollout_func)
         self.stages = None if stages is None else check_stages(stages, args)
-        model = loaded(model, args, others.pop("peft_config", None))
+        check_mode(reference)
         self.inputs = dict(inputs or {})
         self.credit: Any = None
         credit_needs: Sequence[str] = ()
@@ -120,15 +130,23 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
             raise InputError(
                 f"the credit needs '{missing[0]}', which is not available: give inputs={{'{missing[0]}': .}}"
             )
+        make_critic = None if critic is None else bind("critic", Critic, critic)
+        of_user = callable(credit) or bool(self.inputs)
+        check_read(self.composition, self.objective, self.sampling, credit=credit is not None,
+                   critic=critic is not None, others=None if of_user else credit_needs)  # fmt: skip
+        check_generation(self.composition, critic, args, rollout_func)
         self.columns = [n for n in self.objective.needs if n not in FIELDS]
-        reads = {*self.composition.needs, *credit_needs, *(self.objective.reads if self.columns else ())}
+        made = [part for name, part in self.objective.made.items() if name in self.columns]
+        reads = {*self.composition.needs, *credit_needs, *self.columns, *(n for part in made for n in part.required)}
         reads |= {"old_logps"} if self._is_spo or self.stages else set()
         reads |= {"entropy"} if self.sampling.temperature else set()
         self.reads = tuple(n for n in STATISTICS if n in reads)
         reads_reference = {"ref_logps", "ref_kl", "policy_kl"} & {*self.reads, *self.objective.needs}
+        model = loaded(model, args, others.pop("peft_config", None))
         needed = bool(reads_reference) or self._aapo is not None
         self.reference = make_reference(reference, model, needed=needed, load=load_reference) if needed else None
-        self.critic = None if critic is None else bind("critic", Critic, critic)(model)
+        self.agrees, self.start = must_agree(model, self.reference), None
+        self.critic = None if make_critic is None else make_critic(model)
         self.sharing = PromptSharing(share_prompts)
         self.run_folder, self.keep_rollouts = Path(run_folder or args.output_dir), keep_rollouts
         self._failures: list[str] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import trl
@@ -12,7 +12,10 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from tokenpo import methods
+from tokenpo.advantages.aapo import AAPO
+from tokenpo.advantages.compose import Composition, Objective
 from tokenpo.errors import InputError
+from tokenpo.integrations.sampling import Sampling
 
 SUPPORTED = "trl>=1.16,<1.17"
 HOOKS = {
@@ -79,6 +82,53 @@ def check_stages(config: str | Mapping[str, Any], args: GRPOConfig) -> Callable[
             "steps_per_generation to a multiple of gradient_accumulation_steps"
         )
     return stages
+
+
+def check_read(
+    composition: Composition, objective: Objective, sampling: Sampling, *, credit: bool, critic: bool,
+    others: Collection[str] | None,
+) -> None:  # fmt: skip
+    """Refuse by name what is configured and read by nothing.
+
+    `others`: names that a registered credit reads; None where functions of the user's own may read anything.
+    """
+    estimator = composition.estimator
+    ways = (("spo_chain", sampling.chain, "prefix_values"), ("spo_tree", sampling.tree, "parent"))
+    for name, given, need in ways:
+        if given is not None and need not in estimator.required:
+            raise InputError(
+                f"sampling has {name}, whose '{need}' the estimator '{estimator.name}' does not read: take {name} as "
+                "the estimator, or out of the list of sampling"
+            )
+    read = {*composition.needs, *composition.wants, *objective.reads}
+    if credit and "token_rewards" not in read:
+        raise InputError(
+            f"credit is given, but '{estimator.name}' and '{objective.name}' read no token_rewards: take an estimator "
+            "such as token_rewards_to_go, or no credit"
+        )
+    if critic and others is not None and "values" not in {*read, *others}:
+        raise InputError(
+            f"critic is given, but '{estimator.name}' and '{objective.name}' read no values: take an estimator such as "
+            "ppo_gae, or no critic"
+        )
+
+
+def check_generation(
+    composition: Composition, critic: Mapping[str, Any] | None, args: GRPOConfig, rollout_func: Any
+) -> None:
+    """Refuse what would sample from another model than meant, or move one that should stand still."""
+    asks = any(isinstance(part, AAPO) for part in composition.stateful().values())
+    if asks and (args.use_vllm or rollout_func is not None):
+        what = "use_vllm" if args.use_vllm else "rollout_func"
+        raise InputError(
+            f"aapo samples from its reference, but with {what} the policy would answer: unset {what}, or give "
+            "inputs={'ref_rewards': .}"
+        )
+    if critic is not None and critic.get("pretrain", 0) > 0 and args.weight_decay > 0:
+        raise InputError(
+            f"weight_decay={args.weight_decay} moves the policy while the critic is trained alone: set weight_decay=0, "
+            "or leave the critic's pretrain out"
+        )
 
 
 def refuse_empty(output: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenpo import masked
 from tokenpo.losses.policy_gradient import clipped_surrogate, policy_gradient_loss, token_log_ratio, token_values
 from tokenpo.masked import Aggregation
-from tokenpo.methods import Fraction, NonNegative, Positive, method
+from tokenpo.methods import AboveOne, Fraction, NonNegative, method
 from tokenpo.types import LossOutput, TokenStats
 
 TITLE = "From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature"
@@ -107,7 +107,7 @@ def hapo_redistribute(
 def hapo_loss(
     stats: TokenStats, advantages: Tensor, entropy_signal: Tensor, *, clip_low: Fraction = 0.2,
     clip_high: NonNegative = 0.28, clip_alpha: NonNegative = 1.0, adv_beta: NonNegative = 1.0,
-    dual_clip: Positive | None = 10.0, aggregation: Aggregation = "token_mean",
+    dual_clip: AboveOne | None = 10.0, aggregation: Aggregation = "token_mean",
 ) -> LossOutput:  # fmt: skip
     """HAPO: `ppo_clip` with clip ranges (`hapo_clip_range`) and advantages (`hapo_redistribute`) by the entropy signal.
 
@@ -131,7 +131,7 @@ def hapo_loss(
 def hapo_released_loss(
     stats: TokenStats, advantages: Tensor, entropy_signal: Tensor, *, clip_low: Fraction = 0.2,
     clip_high: NonNegative = 0.2, clip_alpha: NonNegative = 1.0, adv_beta: NonNegative = 1.0,
-    dual_clip: Positive | None = 10.0, aggregation: Aggregation = "token_mean",
+    dual_clip: AboveOne | None = 10.0, aggregation: Aggregation = "token_mean",
 ) -> LossOutput:  # fmt: skip
     """`hapo` with the released recipes' clip_high.
 

@@ -24,7 +24,7 @@ from tokenpo.losses.policy_gradient import (
     unclipped_surrogate,
 )
 from tokenpo.masked import Aggregation
-from tokenpo.methods import Fraction, NonNegative, Positive, method
+from tokenpo.methods import AboveOne, Fraction, NonNegative, Positive, method
 from tokenpo.types import LossOutput, TokenStats
 
 OLD = ("old_logps",)
@@ -55,7 +55,7 @@ def unclipped_loss(
 )  # fmt: skip
 def ppo_clip_loss(
     stats: TokenStats, advantages: Tensor, *, clip_low: Fraction = 0.2, clip_high: NonNegative = 0.2,
-    dual_clip: Positive | None = 3.0, aggregation: Aggregation = "token_mean", length: Positive | None = None,
+    dual_clip: AboveOne | None = 3.0, aggregation: Aggregation = "token_mean", length: Positive | None = None,
     kl_coef: NonNegative = 0.0, kl: KLName = "k3", entropy_coef: NonNegative = 0.0,
 ) -> LossOutput:  # fmt: skip
     """PPO's clipped surrogate, with dual clip.
@@ -79,7 +79,7 @@ def ppo_clip_loss(
 )  # fmt: skip
 def ppo_clip_ranges_loss(
     stats: TokenStats, advantages: Tensor, clip_low: Tensor, clip_high: Tensor, *,
-    dual_clip: Positive | None = 3.0, aggregation: Aggregation = "token_mean", length: Positive | None = None,
+    dual_clip: AboveOne | None = 3.0, aggregation: Aggregation = "token_mean", length: Positive | None = None,
     kl_coef: NonNegative = 0.0, kl: KLName = "k3", entropy_coef: NonNegative = 0.0,
 ) -> LossOutput:  # fmt: skip
     """`ppo_clip` with a clip range a token: `clip_low`, `clip_high` (B, T), constants, anything off the mask."""
@@ -96,7 +96,7 @@ def ppo_clip_ranges_loss(
 )  # fmt: skip
 def dapo_loss(
     stats: TokenStats, advantages: Tensor, *, clip_low: Fraction = 0.2, clip_high: NonNegative = 0.28,
-    dual_clip: Positive | None = 10.0,
+    dual_clip: AboveOne | None = 10.0,
 ) -> LossOutput:  # fmt: skip
     """DAPO: `ppo_clip` with the upper bound further out, a mean over all tokens, no KL. sums: {"tokens": .}.
 
@@ -112,7 +112,7 @@ def dapo_loss(
 )  # fmt: skip
 def dr_grpo_loss(
     stats: TokenStats, advantages: Tensor, *, length: Positive, clip_low: Fraction = 0.2,
-    clip_high: NonNegative = 0.2, dual_clip: Positive | None = None, kl_coef: NonNegative = 0.0, kl: KLName = "k3",
+    clip_high: NonNegative = 0.2, dual_clip: AboveOne | None = None, kl_coef: NonNegative = 0.0, kl: KLName = "k3",
 ) -> LossOutput:  # fmt: skip
     """Dr. GRPO: `ppo_clip` summed over all tokens and divided by rows * `length`, a constant. sums: {"rows": .}.
 

@@ -20,7 +20,7 @@ from tokenpo.losses.policy_gradient import (
     token_values,
 )
 from tokenpo.masked import Aggregation
-from tokenpo.methods import Fraction, NonNegative, Positive, method
+from tokenpo.methods import AboveOne, Fraction, NonNegative, Positive, method
 from tokenpo.types import LossOutput, TokenStats
 
 
@@ -62,7 +62,7 @@ def copo_loss(
     *,
     clip_low: Fraction = 0.2,
     clip_high: NonNegative = 0.2,
-    dual_clip: Positive | None = 3.0,
+    dual_clip: AboveOne | None = 3.0,
     aggregation: Aggregation = "row_mean_of_means",
     length: Positive | None = None,
 ) -> LossOutput:

@@ -10,7 +10,7 @@ from tokenpo.errors import InputError
 from tokenpo.losses.policy_gradient import output, token_values
 from tokenpo.losses.ppo import ppo_clip_loss
 from tokenpo.masked import Aggregation
-from tokenpo.methods import Fraction, NonNegative, Positive, method
+from tokenpo.methods import AboveOne, Fraction, NonNegative, Positive, method
 from tokenpo.types import LossOutput, TokenStats
 
 VAPO = "VAPO: Efficient and Reliable Reinforcement Learning for Advanced Reasoning Tasks"
@@ -72,7 +72,7 @@ def positive_example_loss(stats: TokenStats, correct: Tensor) -> LossOutput:
 )  # fmt: skip
 def vapo_loss(
     stats: TokenStats, advantages: Tensor, correct: Tensor, *, mu: NonNegative = 0.1, clip_low: Fraction = 0.2,
-    clip_high: NonNegative = 0.28, dual_clip: Positive | None = None,
+    clip_high: NonNegative = 0.28, dual_clip: AboveOne | None = None,
 ) -> LossOutput:  # fmt: skip
     """VAPO: `ppo_clip` with the upper bound further out, a mean over tokens, plus mu * `positive_example_loss`.
 

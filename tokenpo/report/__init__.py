@@ -3,6 +3,7 @@
 from tokenpo.report.curves import draw_curves
 from tokenpo.report.data import write_rows
 from tokenpo.report.heatmap import render, write_html
+from tokenpo.report.online import is_online, online_report
 from tokenpo.report.png import draw_heatmap
 from tokenpo.report.run import is_run, run_report, write_run_report
 from tokenpo.report.terminal import show
@@ -18,7 +19,9 @@ __all__ = [
     "Table",
     "draw_curves",
     "draw_heatmap",
+    "is_online",
     "is_run",
+    "online_report",
     "pieces",
     "render",
     "run_report",

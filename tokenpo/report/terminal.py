@@ -35,7 +35,7 @@ def show(report: Report, *, groups: int = 2, layers: Sequence[str] = (), file: I
     for number, group in enumerate(report.groups[:groups]):
         painter.line(f"\n> {safe(' '.join(group.prompt.split()))}")
         for response in group.responses:
-            painter.line(f"\n  {safe(response.label)}")
+            painter.line(f"\n  {safe(' · '.join(part for part in (response.label, response.note) if part))}")
             here = [layer for layer in chosen if layer.key in response.values]
             for layer in here:
                 if painter.coloured or layer is here[0]:
