@@ -103,6 +103,26 @@ def test_what_is_no_store_is_refused(tmp_path):
         Store(tmp_path / "wrong")
 
 
+def test_a_store_that_another_process_makes_just_now_is_opened(tmp_path, monkeypatch):
+    """Between the look for its file and the look into its folder."""
+    other = (
+        "import sys; from tokenpo.reference.store import Store; Store(sys.argv[1], {'model': 'a'}, 'logps', write=True)"
+    )
+    make = lambda: subprocess.run([sys.executable, "-c", other, str(tmp_path / "cache")], check=True)
+    looked = []
+
+    def not_yet(path):
+        if path.name == "data.mdb" and not looked:
+            looked.append(path)
+            make()
+            return False
+        return path.exists()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.is_file", not_yet)
+        assert Store(tmp_path / "cache", {"model": "a"}, "logps", write=True).keep == "logps" and looked
+
+
 def test_a_file_cut_short_is_refused_before_it_is_read(tmp_path):
     store = Store(tmp_path / "a", KEY, "logps", write=True)
     store.put({key(i): {"logps": torch.zeros(5000)} for i in range(8)})

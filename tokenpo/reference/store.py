@@ -130,9 +130,10 @@ class Store:
 
     def _agree(self, key: Fingerprint | None, keep: str | None, write: bool) -> tuple[Fingerprint, str]:
         """The store's fingerprint and `keep`, after comparison with those wanted; written first where it is new."""
+        entries = self.env.stat()["entries"]  # before the look: another process may write the first of them, META
         with self.env.begin() as transaction:
             found = transaction.get(META)
-        if found is None and self.env.stat()["entries"]:
+        if found is None and entries:
             raise InputError(f"{self.folder} holds an LMDB that is no reference cache: choose another folder")
         if found is None and (not write or key is None or keep is None):
             raise InputError(_nothing(self.folder))
@@ -217,7 +218,8 @@ def _environment(folder: Path, write: bool) -> Any:
     if not there and not write:
         raise InputError(_nothing(folder))
     try:
-        if not there and folder.is_dir() and any(f.name != "lock.mdb" for f in folder.iterdir()):
+        ours = ("lock.mdb", "data.mdb")  # another process may make the store just now
+        if not there and folder.is_dir() and any(f.name not in ours for f in folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no reference cache: choose another cache.folder")
         if write:
             folder.mkdir(parents=True, exist_ok=True)
