@@ -190,16 +190,16 @@ def section(task: Task, found: Mapping[str, list[dict[str, Any]]]) -> list[str]:
         f"## {task.name}", "",
         f"{task.words[0].upper()}{task.words[1:]}. {updates} updates of {task.prompts} prompts x {task.group} "
         f"responses, learning rate {task.rate:g}.", "",
-        "| run | final | spread | half | entropy, nats/token | s/update | tokens sampled/update |",
-        "|---|---|---|---|---|---|---|",
+        "| run | seeds | final | spread | half | entropy, nats/token | s/update | tokens sampled/update |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name in order:
         rows = found[name]
         finals = [r["final"] for r in rows]
         sampled = statistics.mean(r.get("sampled", task.batch * task.length) for r in rows)
         lines.append(
-            f"| {name} | {mean(rows, 'final'):.3f} | {min(finals):.3f} to {max(finals):.3f} | {mean(rows, 'half'):.3f} "
-            f"| {mean(rows, 'entropy'):.2f} | {mean(rows, 'seconds'):.3f} | {sampled:.0f} |"
+            f"| {name} | {len(rows)} | {mean(rows, 'final'):.3f} | {min(finals):.3f} to {max(finals):.3f} "
+            f"| {mean(rows, 'half'):.3f} | {mean(rows, 'entropy'):.2f} | {mean(rows, 'seconds'):.3f} | {sampled:.0f} |"
         )
     return [*lines, ""]
 
