@@ -1,4 +1,4 @@
-"""Regenerate everything under tokenpo/data/embedded: preference pairs, tokenizer, pretrained model.
+"""Regenerate everything under tokenpo/data/embedded: preference pairs, tokenizers, pretrained models.
 
     python scripts/make_embedded.py                    # about six minutes on one core
     python scripts/make_embedded.py --out /tmp/again   # elsewhere
@@ -14,6 +14,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,12 +22,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tokenpo.data import reviews
+from tokenpo.data import problems, reviews
 from tokenpo.data.reviews import Dice
+from tokenpo.data.tasks import character_tokenizer
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 # A sentiment word with one of these endings is cut there, so that credit has to be mapped through spans.
 PEAK_LR = 3e-3
+Draw = Callable[[random.Random, int], tuple[list[str], list[str], float]]
+"""A seeded stream and a number of rows to prompts, texts and their mean surprisal."""
 ENDINGS = "ful less ing ed ly ant able ent ive ous id y".split()
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
@@ -110,6 +114,22 @@ def token_nats(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     return nats.view(ids.shape[0], -1)
 
 
+def digit_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a character, `<bos>` in front."""
+    tokenizer = character_tokenizer(problems.TASK.characters)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    tokenizer.model_max_length = 64
+    return tokenizer
+
+
+def draw_copies(rng: random.Random, rows: int) -> tuple[list[str], list[str], float]:
+    """Prompts and answers with the task's slips; no surprisal."""
+    drawn = [problems.TASK.draw_prompt(rng) for _ in range(rows)]
+    return [prompt for _, prompt in drawn], [problems.TASK.draw_response(digits, rng) for digits, _ in drawn], 0.0
+
+
 def draw_batch(rng: random.Random, rows: int) -> tuple[list[str], list[str], float]:
     """Prompts, fresh reviews and the mean surprisal of the reviews under the grammar."""
     prompts = [Dice(rng).pick(reviews.prompts()) for _ in range(rows)]
@@ -117,17 +137,20 @@ def draw_batch(rng: random.Random, rows: int) -> tuple[list[str], list[str], flo
     return prompts, [text for text, _ in drawn], sum(nats for _, nats in drawn) / rows
 
 
-def pretrain(tokenizer: PreTrainedTokenizerFast, steps: int, rows: int = 128) -> LlamaForCausalLM:
-    """A small Llama trained on fresh reviews: AdamW, warm-up, then a cosine to zero."""
+def pretrain(
+    tokenizer: PreTrainedTokenizerFast, steps: int, rows: int = 128, *, draw: Draw = draw_batch, width: int = 128,
+    positions: int = 512,
+) -> LlamaForCausalLM:  # fmt: skip
+    """A small Llama trained on fresh texts: AdamW, warm-up, then a cosine to zero."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
+        hidden_size=width,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -140,7 +163,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, steps: int, rows: int = 128) ->
     )
     rng = random.Random(3)
     for step in range(steps):
-        prompts, texts, _ = draw_batch(rng, rows)
+        prompts, texts, _ = draw(rng, rows)
         ids, _ = encode(tokenizer, prompts, texts)
         if step % 8 == 0:  # keeps the model in its depth when a caller does not add <bos>
             ids = ids[:, 1:]
@@ -160,7 +183,6 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, steps: int, rows: int = 128) ->
 def held_out(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
     """Nats per review (with `<eos>`) of the model and of the grammar, on the same fresh reviews."""
     rows = 2048
-    rows = 2048
     prompts, texts, grammar = draw_batch(random.Random(4), rows)
     ids, mask = encode(tokenizer, prompts, texts)
     nats = torch.cat([token_nats(model, part) for part in ids.split(256)])
@@ -172,6 +194,17 @@ def held_out(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dic
         "model_nats_per_token": total / count,
         "grammar_nats_per_token": grammar * rows / count,
     }
+
+
+@torch.no_grad()
+def share_right(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: int = 2048) -> float:
+    """Of problems that the model never saw, sampled answers that are right."""
+    torch.manual_seed(0)
+    asked = problems.problems(rows, seed=4)
+    ids = torch.tensor(tokenizer([row["prompt"] for row in asked]).input_ids)
+    found = model.generate(ids, max_new_tokens=24, do_sample=True, temperature=1.0, top_k=0)[:, ids.shape[1] :]
+    texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+    return sum(problems.is_right(texts, [row["answer"] for row in asked])) / rows
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -188,10 +221,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Regenerate the embedded data, tokenizer and model.")
     parser.add_argument("--out", type=Path, default=reviews.EMBEDDED, help="folder to write")
     parser.add_argument("--steps", type=int, default=1000, help="pretraining steps of 128 reviews")
+    parser.add_argument("--digits", action="store_true", help="only the model that copies digits, a minute")
     args = parser.parse_args()
     torch.set_num_threads(1)
     started = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = digit_tokenizer()
+    model = pretrain(tokenizer, 1000, draw=draw_copies, width=64, positions=64)
+    save(model, tokenizer, args.out / "digits")
+    right, expected = share_right(model, tokenizer), problems.TASK.value(True, problems.TASK.steps)
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{size} parameters, {right:.3f} of answers right, {expected:.3f} of those it was shown")
+    if args.digits:
+        return
     tokenizer = make_tokenizer(write_pairs(args.out)["train"])
     model = pretrain(tokenizer, args.steps)
     save(model, tokenizer, args.out / "model")

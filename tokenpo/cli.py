@@ -174,13 +174,14 @@ def train_config(words: list[str]) -> Any:
 
 
 def rl_config(words: list[str]) -> Any:
-    """The configuration of `tokenpo rl`; with the embedded model and prompts, values that suit them underneath."""
+    """The configuration of `tokenpo rl`; with an embedded model and its prompts, values that suit them underneath."""
+    from tokenpo.commands.loading import EMBEDDED
     from tokenpo.commands.rl_config import RLConfig, preset
 
     words = _positional(words, ("config",))
     found = parse(RLConfig, "rl", words)
-    if found.model == "embedded" and found.prompts == "embedded":
-        found = parse(RLConfig, "rl", words, defaults=preset(str(found.objective.get("name"))))
+    if found.model in EMBEDDED and found.prompts == "embedded":
+        found = parse(RLConfig, "rl", words, defaults=preset(found.model, str(found.objective.get("name"))))
     return found
 
 

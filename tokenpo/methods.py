@@ -44,6 +44,7 @@ class Range:
 Positive = Annotated[float, Range(0.0, open_low=True, open_high=True)]
 NonNegative = Annotated[float, Range(0.0, open_high=True)]
 Fraction = Annotated[float, Range(0.0, 1.0)]
+AtLeastOne = Annotated[int, Range(1)]
 AboveOne = Annotated[float, Range(1.0, open_low=True, open_high=True)]
 BelowHalf = Annotated[float, Range(0.0, 0.5, open_high=True)]
 Finite = Annotated[float, Range(open_low=True, open_high=True)]
@@ -162,7 +163,8 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def _check(name: str, function: Callable[..., Any], argument: str, value: Any) -> None:
-    hint = typing.get_type_hints(function, include_extras=True).get(argument, Any)
+    called = function.__init__ if inspect.isclass(function) else function
+    hint = typing.get_type_hints(called, include_extras=True).get(argument, Any)
     if typing.get_origin(hint) is typing.Literal:
         if value not in typing.get_args(hint):
             choices = ", ".join(map(repr, typing.get_args(hint)))

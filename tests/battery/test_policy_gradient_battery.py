@@ -47,10 +47,6 @@ UNUSUAL_ON_POLICY = {
 }
 
 
-SEVERAL_TERMS = {"spo": "a KL term besides", "vapo_clip": "a likelihood besides"}
-"""Where `token_weights` do not multiply all there is."""
-
-
 @dataclasses.dataclass
 class Batch:
     stats: TokenStats
@@ -299,14 +295,20 @@ def test_on_policy_it_is_the_plain_policy_gradient(name):
     close(grad, expected)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in SEVERAL_TERMS])
-def test_token_weights_multiply_a_tokens_loss_and_change_no_count(name):
-    method = METHODS[name]
+@every_loss
+def test_token_weights_multiply_all_of_a_tokens_loss_and_change_no_count(method):
     batch = make(method)
-    weights = torch.rand(batch.stats.mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    plain = run(method, batch)
-    weighted = run(method, dataclasses.replace(batch, stats=dataclasses.replace(batch.stats, token_weights=weights)))
-    close(weighted.per_pair, (plain.per_token[0] * weights).sum(-1))
+    shape = batch.stats.mask.shape
+    having = lambda w: dataclasses.replace(batch, stats=dataclasses.replace(batch.stats, token_weights=w))
+    weighted = lambda w: run(method, having(w))
+    weights = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    column = lambda t: torch.zeros(shape, dtype=torch.float64).index_fill(1, torch.tensor([t]), 1.0)
+    parts = torch.stack([weighted(column(t)).per_pair for t in range(shape[1])], -1)
+    plain, out = run(method, batch), weighted(weights)
+    close(out.per_pair, (weights * parts).sum(-1))
+    close(parts.sum(-1), plain.per_pair)
+    close(weighted(torch.ones(shape, dtype=torch.float64)).loss, plain.loss)
+    assert not weighted(torch.zeros(shape, dtype=torch.float64)).loss and set(out.sums) == set(plain.sums)
 
 
 @every_loss

@@ -13,6 +13,7 @@ from tiny import write_jsonl
 
 from tokenpo.cli import main
 from tokenpo.commands import rl as command
+from tokenpo.data import problems
 
 QUICK = ["max_steps=6", "batch_size=4", "group_size=4", "accumulate=2", "updates=2", "learning_rate=0.003", "samples=4",
          "max_new_tokens=8", "log_every=1", "save_every=3"]  # fmt: skip
@@ -70,9 +71,23 @@ def test_killed_and_resumed_it_has_the_losses_of_a_run_that_was_not(model_folder
     assert all((ours[n] == theirs[n]).all() for n in theirs)
 
 
-def test_the_embedded_run_raises_the_true_reward(tmp_path, capsys):
+def test_the_embedded_problems_are_solved_more_often(tmp_path, capsys):
     run = tmp_path / "run"
-    assert main(["rl", f"output={run}", "max_steps=25", "samples=48", "learning_rate=0.001"]) == 0
+    assert main(["rl", "advantages=[ktae]", f"output={run}", "max_steps=25", "samples=128", "keep_rollouts=16"]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert 0.15 < summary["before"]["reward"] < 0.4 and summary["after"]["reward"] > summary["before"]["reward"] + 0.2
+    answers = {row["prompt"]: row["answer"] for row in problems.problems()}
+    for line in (run / "rollouts.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        right = row["completion"][::2] == answers[row["prompt"]] and len(row["completion"]) == 16
+        assert row["reward"] == float(right)
+    assert "reward of sampled text" in capsys.readouterr().out
+
+
+def test_embedded_reviews_by_name_raise_the_true_reward(tmp_path, capsys):
+    run = tmp_path / "run"
+    words = ["model=embedded", f"output={run}", "max_steps=25", "samples=48", "learning_rate=0.001"]
+    assert main(["rl", *words]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["reward"] > summary["before"]["reward"] + 1.5
     assert summary["before"]["kl"] == pytest.approx(0.0, abs=1e-4) and 0 < summary["after"]["kl"] < 30
@@ -87,7 +102,7 @@ def test_the_embedded_run_raises_the_true_reward(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (["group_size=5"], "group_size 5 must be at least 2 and divide the 32 responses of an update"),
+        (["group_size=5"], "group_size 5 must be at least 2 and divide the 128 responses of an update"),
         (["advantages=[ppo_gae]"], "'ppo_gae' needs 'values', which is not available: configure a critic"),
         (["advantages=[grpo, rloo]"], "the list of advantages has 2 estimators"),
         (["advantages=[gropo]"], "unknown estimator, shaper or filter 'gropo': did you mean 'grpo'"),
@@ -97,9 +112,15 @@ def test_the_embedded_run_raises_the_true_reward(tmp_path, capsys):
         (["reward=json:dumbs"], "reward: json has no function 'dumbs': did you mean 'dumps'"),
         (
             ["reward=good"],
-            "reward 'good' is neither true_reward, nor math-verify nor reasoning-gym, nor module:function, nor the",
+            "reward 'good' is neither true_reward nor right_digits, nor math-verify nor reasoning-gym, nor module:fun",
         ),
+        (["prompts=mine.jsonl"], "the embedded reward judges embedded prompts only: name the reward of mine.jsonl"),
         (["critic={rate: 1}"], "critic has no hyperparameter 'rate'"),
+        (["critic={learning_rate: 0}", "advantages=[ppo_gae]"], "critic: learning_rate must lie in (0, inf)"),
+        (["advantages=[copo]"], "'copo' needs 'answer_ids', which is not available: "),
+        (["answers=text"], "answers is given, but 'grpo' and 'ppo_clip' compare none: take copo or copo_blend, or no"),
+        (["answers=last", "advantages=[copo]"], "answers 'last' is neither text nor math-verify, nor module:function"),
+        (["answers=json:dumbs", "advantages=[copo]"], "answers: json has no function 'dumbs': did you mean 'dumps'"),
         (["credit={name: rtoo}"], "unknown credit method 'rtoo': did you mean 'rto'"),
         (["credit={name: rto}"], "credit 'rto' needs 'dpo_logps', which is not available: give dpo, the folder of a"),
         (["credit={name: rto, dpo: ./nowhere}"], "there is no model folder nowhere"),
@@ -136,7 +157,7 @@ def test_train_with_the_online_task_is_the_same_command(tmp_path, capsys, monkey
 
 def test_a_prompt_longer_than_the_window_is_named_before_training(model_folder, tmp_path, capsys):
     rows = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "say a:"}, {"prompt": "a" * 250}])
-    given = [f"model={model_folder}", f"prompts={rows}", f"output={tmp_path / 'run'}", *QUICK]
+    given = [f"model={model_folder}", f"prompts={rows}", "reward=true_reward", f"output={tmp_path / 'run'}", *QUICK]
     assert main(["rl", *given]) == 2
     assert "row 1: the prompt has 250 tokens, which leave less than max_new_tokens = 8" in capsys.readouterr().err
 

@@ -154,6 +154,54 @@ def test_a_verifier_is_a_reward_by_name(name, monkeypatch):
     assert found(prompts=["1+1", "2"], completions=["2", "5"], answer=["2", "3"]) == [1.0, 0.0]
 
 
+def first_letters(completions, answer, **_):
+    return [text[:1] if right != "a" else None for text, right in zip(completions, answer, strict=True)]
+
+
+def no_answers(completions, **_):
+    raise TypeError("not a number")
+
+
+def test_answers_by_name_are_what_copo_compares(words, tmp_path, monkeypatch):
+    from tokenpo.integrations import scoring
+
+    seen, kept = [], scoring.as_tensor
+
+    def as_tensor(name, values, mask):
+        found = kept(name, values, mask)
+        seen.append((name, values, found.tolist()))
+        return found
+
+    monkeypatch.setattr(scoring, "as_tensor", as_tensor)
+    given = ["reward=test_rl_rewards:lengths", "answers=test_rl_rewards:first_letters", "samples=0"]
+    assert main([*words, *given, "objective.name=copo_blend", "batch_size=8", "keep_rollouts=8"]) == 0
+    ((name, values, ids),) = seen
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    expected = [None if row["prompt"] == "say a:" else row["completion"][:1] for row in rows]
+    assert name == "answer_ids" and values == expected and len(set(expected)) > 2
+    assert all((a == b) == (i == j) for a, i in zip(values, ids, strict=True) for b, j in zip(values, ids, strict=True))
+
+
+def test_answers_are_texts_or_last_expressions(monkeypatch):
+    from types import SimpleNamespace
+
+    of = SimpleNamespace(completions=["so 1,000 ", [{"role": "assistant", "content": "none"}]])
+    assert command.answer_function(None) is None
+    assert command.answer_function("text")(of) == ["so 1,000", "none"]
+    read = SimpleNamespace(parse=lambda text: [1000, "1,000"] if "1" in text else [], verify=None)
+    monkeypatch.setitem(sys.modules, "math_verify", read)
+    assert command.answer_function("math-verify")(of) == ["1000", None]
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(InputError, match="pip install math-verify"):
+        command.answer_function("math-verify")
+
+
+def test_a_function_of_answers_that_fails_is_one_sentence(words, capsys):
+    given = ["reward=test_rl_rewards:lengths", "answers=test_rl_rewards:no_answers", "samples=0", "advantages=[copo]"]
+    assert main([*words, *given]) == 2
+    assert "answers: test_rl_rewards:no_answers failed: TypeError: not a number" in capsys.readouterr().err
+
+
 def test_an_adapter_that_changes_its_base_is_compared_with_the_model_itself(words, tmp_path):
     assert main([*words, "reward=test_rl_rewards:lengths", "lora=4", "lora_options.init_lora_weights=olora"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -1,14 +1,22 @@
 """TokenGRPOTrainer: equal to TRL's trainer where both say the same, exact over windows, and clear about mistakes."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rl_run import config, fixed_rollouts, fixed_runs, rows, run, run_theirs, some_vowels, vowels
+from rl_run import (
+    close_gradients,
+    config,
+    fixed_rollouts,
+    fixed_runs,
+    in_two_processes,
+    rows,
+    run,
+    run_theirs,
+    some_vowels,
+    vowels,
+)
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
@@ -101,24 +109,18 @@ LISTS = {
 }  # fmt: skip
 
 
-def test_two_processes_that_cut_every_group(tmp_path):
-    """Groups of four over two processes of two rows: the advantages and gradients of one process with four."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = str(Path(__file__).parent / "rl_run.py")
-    words = [str(tmp_path / "two"), str(tmp_path / "two.pt"), json.dumps(LISTS)]
-    done = subprocess.run([*launch, script, *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    of_two = torch.load(tmp_path / "two.pt", weights_only=True)
-    for name, one in fixed_runs(tmp_path / "one", LISTS, 4).items():
-        two = of_two[name]
-        assert two["losses"] == pytest.approx(one["losses"], abs=1e-6), name
-        for a, b in zip(one["gradients"], two["gradients"], strict=True):
-            assert max(float((a[n] - b[n]).abs().max()) for n in a) < 5e-6, name
-        assert max(float(g.abs().max()) for step in one["gradients"] for g in step.values()) > 1e-2, name
-        of_one = {(step, *tokens): advantages for step, tokens, advantages in one["advantages"]}
-        assert len(two["advantages"]) == 12 and len({str(a) for *_, a in one["advantages"]}) > 4
-        for step, tokens, advantages in two["advantages"]:
-            assert of_one[(step, *tokens)] == pytest.approx(advantages, abs=1e-5), name
+def test_two_processes_that_cut_a_group(tmp_path):
+    """Three groups of four over two processes of six rows: the advantages and gradients of one process with twelve."""
+    (tmp_path / "two").mkdir()
+    both = in_two_processes("rl_run.py", tmp_path / "two", json.dumps(LISTS))
+    for name, one in fixed_runs(tmp_path / "one", LISTS, 6).items():
+        first, second = (found[name] for found in both)
+        assert first["losses"] == pytest.approx(one["losses"], abs=1e-6), name
+        close_gradients(one["gradients"], first["gradients"], name)
+        in_order = sorted([*first["advantages"], *second["advantages"]], key=lambda row: row[0])
+        assert len(in_order) == 36 and len({str(a) for *_, a in in_order}) > 4
+        for (*of_one, expected), (*of_two, advantages) in zip(one["advantages"], in_order, strict=True):
+            assert of_one == of_two and advantages == pytest.approx(expected, abs=1e-5), name
 
 
 SCHEDULE = {"name": "d3s", "steps": 6, "rows": [4, 8], "fraction": [0.5, 1.0]}
@@ -358,6 +360,44 @@ def test_a_failing_reward_function_loses_no_rollouts(reward, sentence, tmp_path)
     assert len(kept) == 8 and all(row["prompt"] and row["completion"] for row in kept)
 
 
+def test_a_reward_function_that_fails_late_loses_nothing_of_the_step(tmp_path):
+    """It judges the batch, then fails on the continuations of SPO's chain, of which it has read some."""
+    asked = []
+
+    def fails(completions, **_):
+        asked.append(completions)
+        if len(asked) > 1:
+            raise ConnectionError("gone")
+        return vowels(completions)
+
+    sampling = [{"name": "spo_chain", "rollouts": 2}]
+    with pytest.raises(InputError, match="'fails' failed: ConnectionError: gone; the"):
+        run(config(tmp_path), reward=fails, advantages=["spo_chain"], objective="spo", sampling=sampling)
+    kept = [json.loads(line) for line in (tmp_path / "rollouts-failed.jsonl").read_text().splitlines()]
+    assert [row["completion"] for row in kept] == [*asked[0], *asked[1]] and len(asked[1]) > 8
+    assert [row["rewards"] for row in kept[:8]] == [[pytest.approx(x)] for x in vowels(asked[0])]
+
+
+def test_weights_of_the_sampling_engine_are_of_advantages_alone(tmp_path):
+    """A weight of 0 takes the surrogate away and leaves KL and entropy; of 1 it changes nothing."""
+
+    class Engine(TokenGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            out = super()._generate_and_score_completions(inputs)
+            return {**out, "importance_sampling_ratio": torch.full_like(out["advantages"][:, :1], self.ratio)}
+
+    def losses(ratio, objective):
+        Engine.ratio = ratio
+        return run(config(tmp_path, max_steps=2, learning_rate=0.1), cls=Engine, objective=objective)[1]
+
+    full = {**PLAIN, "kl_coef": 0.5, "entropy_coef": 0.1}
+    nothing, terms = losses(0.0, PLAIN), losses(0.0, full)
+    assert not any(g.abs().max() for step in nothing.gradients for g in step.values())
+    assert max(float(g.abs().max()) for g in terms.gradients[0].values()) > 1e-3
+    plain, one = run(config(tmp_path, max_steps=2, learning_rate=0.1), objective=full)[1], losses(1.0, full)
+    close(plain, one)
+
+
 @pytest.mark.parametrize("nothing", [None, float("nan")])
 def test_a_row_without_a_reward_gets_no_advantage(nothing, tmp_path):
     reward = lambda completions, **_: [nothing, *vowels(completions)[1:]]
@@ -379,6 +419,8 @@ def test_a_row_without_a_reward_gets_no_advantage(nothing, tmp_path):
         ({"objective": {"name": "ppo_clip", "kl_coef": 0.1}, "reference": "none"}, "'ppo_clip' needs 'ref_logps'"),
         ({"credit": {"name": "rto"}}, "the credit needs 'dpo_logps', which is not available"),
         ({"critic": {"rate": 1.0}}, "critic has no hyperparameter 'rate'"),
+        ({"critic": {"learning_rate": 0}}, "critic: learning_rate must lie in (0, inf)"),
+        ({"critic": {"epochs": 0}}, "critic: epochs must"),
         ({"critic": {}}, "critic is given, but 'grpo' and 'ppo_clip' read no values: take an estimator"),
         ({"credit": "worths"}, "credit is given, but 'grpo' and 'ppo_clip' read no token_rewards"),
         ({"advantages": ["aapo"], "rollout_func": fixed_rollouts}, "with rollout_func the policy would answer"),

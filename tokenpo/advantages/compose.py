@@ -3,7 +3,7 @@
 The list holds reward shapers, then one estimator, then shapers and filters in the order they act:
 
 - a *reward shaper* changes the rewards that the estimator sees; shapers and filters read them as they came;
-  an estimator that reads `token_rewards` sees none of it, so that the two together are refused;
+  an estimator that reads other rewards too, such as `token_rewards`, would mix the two, and is refused with them;
 - a *filter* takes rows or tokens out of the mask: what follows it, and the loss, count the rest only;
 - *needs* of all are united. An input is handed to whatever has an argument of its name.
 
@@ -23,13 +23,13 @@ from torch import Tensor
 from tokenpo import masked, methods
 from tokenpo.advantages.aapo import AAPO
 from tokenpo.advantages.copo import answer_entropy, copo_global_advantages, soft_blend
-from tokenpo.advantages.d3s import AtLeastOne, D3SSchedule
+from tokenpo.advantages.d3s import D3SSchedule
 from tokenpo.advantages.groups import Singleton
 from tokenpo.advantages.ha_dw import HADW, HardAnchor, SoftAnchor
 from tokenpo.errors import InputError, MissingInputError
 from tokenpo.losses.hapo import entropy_signal, released_entropy_signal
 from tokenpo.losses.policy_gradient import objective_needs
-from tokenpo.methods import Finite, NonNegative, Positive
+from tokenpo.methods import AtLeastOne, Finite, NonNegative, Positive
 
 KINDS = ("reward_shaper", "estimator", "shaper", "filter")
 BASE = ("rewards", "group", "mask")
@@ -44,6 +44,14 @@ REMEDIES = {
     "prefix_values": "put spo_chain into the list of sampling",
     "parent": "put spo_tree into the list of sampling",
 }
+
+UNSHAPED = {
+    "token_rewards": "rewards of tokens",
+    "prefix_values": "the mean rewards of continuations",
+    "parent": "rewards of segments, which are parts of responses",
+    "ref_rewards": "the reference's rewards",
+}
+"""Rewards beside those of the batch's responses, by the name of the input that holds them."""
 
 Config = Sequence[str | Mapping[str, Any]]
 
@@ -291,10 +299,11 @@ def _check_shapers(parts: Sequence[Part], available: Collection[str] | None) -> 
     shaper = next((part for part in parts if part.kind == "reward_shaper"), None)
     estimator = next(part for part in parts if part.kind == "estimator")
     reads = (*estimator.required, *(n for n in estimator.optional if n in (available or ())))
-    if shaper is not None and "token_rewards" in reads:
+    unshaped = next((n for n in UNSHAPED if n in reads), "ref_rewards" if isinstance(estimator.function, AAPO) else "")
+    if shaper is not None and unshaped:
         raise InputError(
-            f"'{estimator.name}' reads rewards of tokens, which a reward shaper does not change: take '{shaper.name}' "
-            "out of the list and shape in the credit, or take an estimator of rewards"
+            f"'{estimator.name}' reads {UNSHAPED[unshaped]}, which a reward shaper does not change: take "
+            f"'{shaper.name}' out of the list and shape in the reward or credit, or take another estimator"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,10 @@ from torch import Tensor
 from tokenpo import masked
 from tokenpo.advantages.groups import expect_shape
 from tokenpo.errors import InputError
-from tokenpo.methods import Fraction, Range, method
+from tokenpo.methods import AtLeastOne, Fraction, method
 
 TITLE = "Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy Optimization"
 PAPER = "https://arxiv.org/abs/2509.22115"
-AtLeastOne = Annotated[int, Range(1)]
 TIE = 1e-12
 
 

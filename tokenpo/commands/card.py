@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenpo import methods
-from tokenpo.commands.loading import ADAPTER, BASE
+from tokenpo.commands.loading import ADAPTER, BASE, EMBEDDED
 from tokenpo.commands.merging import Difference
+from tokenpo.commands.rl_inputs import prompts_name, reward_name
 
 SECTIONS = ("Method", "Data", "Command", "Numbers", "Use")
 HELD_OUT = (("rewards/accuracies", "reward accuracy"), ("rewards/margins", "reward margin"), ("loss", "loss"))
@@ -125,7 +126,7 @@ def _method(summary: dict[str, Any], found: list[methods.Method]) -> str:
 
 def _data(config: Any) -> str:
     if config.task == "online":
-        return f"Prompts of `{short(config.prompts)}`, rewards of `{short(config.reward)}`."
+        return f"Prompts of `{short(prompts_name(config))}`, rewards of `{short(reward_name(config))}`."
     held_out = "its own held-out pairs" if config.test is None else f"`{short(config.test)}`"
     turned = " Chosen and rejected are exchanged." if config.swap else ""
     return (
@@ -181,4 +182,4 @@ def _use(name: str, is_adapter: bool, quantize: str | None) -> str:
 
 
 def _is_local(name: str) -> bool:
-    return name == "embedded" or Path(name).expanduser().exists()
+    return name in EMBEDDED or Path(name).expanduser().exists()

@@ -15,10 +15,9 @@ from tokenpo.commands.inputs import padded
 from tokenpo.commands.reader import Job, Reader, batches, reward_model
 from tokenpo.credit.attribution import EXACT_LIMIT, Score
 from tokenpo.errors import InputError
-from tokenpo.methods import Fraction, NonNegative, Positive, Range
+from tokenpo.methods import AtLeastOne, Fraction, NonNegative, Positive, Range
 
 Count = Annotated[int, Range(0)]
-AtLeastOne = Annotated[int, Range(1)]
 
 ROWS = 256
 """Coalitions a forward of the reward model takes."""

@@ -10,6 +10,8 @@ from typing import Any
 
 from tokenpo.errors import InputError
 
+EMBEDDED = ("embedded", "embedded-digits")
+"""The models inside the package: one writes reviews, one copies digits."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ADAPTER = "adapter_config.json"
 BASE = "base_quantization.json"
@@ -18,10 +20,11 @@ BASE = "base_quantization.json"
 
 def model_folder(name: str) -> str:
     """The folder or hub name behind `name`; a path that does not exist, or no model in it, is refused."""
-    if name == "embedded":
+    if name in EMBEDDED:
+        from tokenpo.data.problems import problem_model_path
         from tokenpo.data.reviews import embedded_model_path
 
-        return str(embedded_model_path())
+        return str(embedded_model_path() if name == "embedded" else problem_model_path())
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file() and not has_adapter(name):

@@ -11,6 +11,7 @@ import torch
 
 from tokenpo import methods
 from tokenpo.commands.config import TrainConfig
+from tokenpo.commands.loading import EMBEDDED
 from tokenpo.commands.plan_inputs import adapter_options, dtype_of, load_config, reference_of
 from tokenpo.commands.rl_config import RLConfig
 from tokenpo.commands.runs import check_settings
@@ -132,7 +133,7 @@ def _online(config: RLConfig, asked: Asked) -> Planned:
     held = int(share * (asked.memory or 0)) if engine else 0
     asleep = engine and bool(config.trainer.get("vllm_enable_sleep_mode"))
     run = _run(
-        config, {"activation_checkpointing": config.model != "embedded", **config.trainer}, devices=asked.devices,
+        config, {"activation_checkpointing": config.model not in EMBEDDED, **config.trainer}, devices=asked.devices,
         outputs=("logps", "entropy", *(n for n in ("ref_logps", "ref_kl", "policy_kl") if n in objective)),
         reads=bool(reads), give=None, critic=config.critic,
         standing={"engine": 0 if asleep else held, "teachers": _judges(config)},

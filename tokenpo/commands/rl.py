@@ -6,19 +6,17 @@ import importlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tokenpo.commands.config import loader
-from tokenpo.commands.loading import first_line, load_tokenizer, model_folder, prepare_threads, trains_adapter
+from tokenpo.commands.loading import EMBEDDED, load_tokenizer, model_folder, prepare_threads, trains_adapter
 from tokenpo.commands.rl_compare import at_start, measure, show
 from tokenpo.commands.rl_config import RLConfig
+from tokenpo.commands.rl_inputs import answer_function, check_credit, inputs, prompts_name, reward_function, reward_name
 from tokenpo.errors import InputError
 from tokenpo.methods import bind, nearest
-
-SCORED = 16
-"""Responses that a reward model reads at a time."""
 
 
 def rl(config: RLConfig) -> Path:
@@ -46,6 +44,7 @@ def check(config: RLConfig) -> Callable[..., Any]:
     sampling = importlib.import_module("tokenpo.integrations.sampling")
     more = sampling.make_sampling(config.sampling)
     inputs = {*more.gives, *(["dpo_logps"] if "dpo" in (config.credit or {}) else [])}
+    inputs |= {"answer_ids"} if answer_function(config.answers) else set()
     available = _engine().available(inputs, config.credit is not None, config.critic is not None,
                                     config.correct_above is not None, config.reference)  # fmt: skip
     composition = compose(config.advantages, available=available)
@@ -61,10 +60,15 @@ def check(config: RLConfig) -> Callable[..., Any]:
     checks.check_read(composition, objective, more, credit=config.credit is not None,
                       critic=config.critic is not None, others=reads)  # fmt: skip
     checks.check_generation(composition, config.critic, given, None)
+    if config.answers and "answer_ids" not in {*composition.needs, *objective.reads}:
+        raise InputError(
+            f"answers is given, but '{composition.estimator.name}' and '{objective.name}' compare none: take copo or "
+            "copo_blend, or no answers"
+        )
     sampling.check_sampling(more, given, None)
     if config.stages is not None:
         _engine().check_stages(config.stages, given)
-    return reward_function(config.reward)
+    return reward_function(reward_name(config))
 
 
 def check_groups(config: RLConfig) -> None:
@@ -91,58 +95,11 @@ def check_aggregation(objective: dict[str, Any]) -> None:
         masked.aggregation_sums(none, none.bool(), values["aggregation"], length=values.get("length"))
 
 
-def check_credit(credit: dict[str, Any] | None, available: Collection[str]) -> Sequence[str]:
-    """What the credit method reads; refused are an unknown one, or one that reads what the run does not have."""
-    from tokenpo.integrations.rollouts import credit_function
-
-    if credit is None:
-        return ()
-    if "dpo" in credit:
-        model_folder(str(credit["dpo"]))
-    _, needs = credit_function({key: value for key, value in credit.items() if key != "dpo"})
-    for need in needs:
-        if need not in available:
-            remedy = "give dpo, the folder of a DPO model" if need == "dpo_logps" else "take another method"
-            raise InputError(f"credit '{credit['name']}' needs '{need}', which is not available: {remedy}")
-    return needs
-
-
 def _engine() -> Any:
     try:
         return importlib.import_module("tokenpo.integrations.trl")
     except ImportError as reason:
         raise InputError(f"tokenpo rl needs TRL ({reason}): pip install 'tokenpo[trl]'") from reason
-
-
-def reward_function(name: str) -> Callable[..., Any]:
-    """A function in TRL's signature; a reward model reads the text in tokens of its own."""
-    from tokenpo.evaluation import scorers
-
-    if name == "true_reward":
-        from tokenpo.data.reviews import true_reward
-
-        def of_reviews(completions: list[Any], **_: Any) -> list[float]:
-            return [true_reward(text if isinstance(text, str) else text[-1]["content"]) for text in completions]
-
-        return of_reviews
-    if name in scorers.SCORERS:
-        scorers.SCORERS[name]([])  # says now which package it lacks
-    if name in scorers.SCORERS or Path(name).is_dir():
-        return scorers.reward_function(name, max_length=None, batch_size=SCORED)
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise InputError(
-            f"reward '{name}' is neither true_reward, nor {' nor '.join(scorers.SCORERS)}, nor module:function, nor "
-            "the folder of a reward model"
-        )
-    try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except Exception as reason:
-        raise InputError(f"reward: cannot import {module}: {first_line(reason)}") from reason
-    if not callable(found):
-        known = dir(importlib.import_module(module))
-        raise InputError(f"reward: {module} has no function '{attribute}'{nearest(attribute, known)}")
-    return found
 
 
 def arguments(config: RLConfig, run: Path) -> Any:
@@ -163,7 +120,7 @@ def arguments(config: RLConfig, run: Path) -> Any:
         "save_strategy": "steps", "save_steps": config.save_every or max(1, -(-config.max_steps // 10)),
         "save_total_limit": 2, "seed": config.seed, "report_to": "none", "disable_tqdm": True, "weight_decay": 0.0,
         "dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.accelerator.is_available(),
-        "bf16": False, "lr_scheduler_type": "constant", "activation_checkpointing": config.model != "embedded",
+        "bf16": False, "lr_scheduler_type": "constant", "activation_checkpointing": config.model not in EMBEDDED,
     }  # fmt: skip
     try:
         found = GRPOConfig(**{**ours, **given})
@@ -179,10 +136,11 @@ def read_prompts(config: RLConfig) -> Any:
 
     from tokenpo.data.files import columns_of, read_path, to_dataset
 
-    if config.prompts == "embedded":
-        from tokenpo.data.reviews import prompts
+    if prompts_name(config) in EMBEDDED:
+        from tokenpo.data import problems, reviews
 
-        return Dataset.from_list([{"prompt": prompt} for prompt in prompts()])
+        digits = prompts_name(config) == "embedded-digits"
+        return Dataset.from_list(problems.problems() if digits else [{"prompt": p} for p in reviews.prompts()])
     parts = read_path(Path(config.prompts), "train", ("prompt",))
     columns = columns_of(parts)
     if "prompt" not in columns:
@@ -236,7 +194,7 @@ def fit(config: RLConfig, run: Path, reward: Callable[..., Any]) -> Path:
         critic=config.critic, sampling=config.sampling, stages=config.stages, correct_above=config.correct_above,
         reference=config.reference, load_reference=loader(config),  # type: ignore[arg-type]
         share_prompts=config.share_prompts,
-        run_folder=run, keep_rollouts=config.keep_rollouts, callbacks=[ProgressLine()], **credit(config),
+        run_folder=run, keep_rollouts=config.keep_rollouts, callbacks=[ProgressLine()], **inputs(config),
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     names = [entry if isinstance(entry, str) else entry["name"] for entry in config.advantages]
@@ -265,20 +223,3 @@ def fit(config: RLConfig, run: Path, reward: Callable[..., Any]) -> Path:
     write_run_report(run)
     say(f"written: {run}/ (model/, summary.json, metrics.jsonl, rollouts.jsonl, report.html)")
     return run
-
-
-def credit(config: RLConfig) -> dict[str, Any]:
-    """The trainer's credit and what it reads: `dpo`, the folder of a DPO model, gives `dpo_logps`."""
-    import torch
-
-    from tokenpo.integrations.rollouts import logps_under
-
-    if config.credit is None:
-        return {}
-    given = dict(config.credit)
-    folder = given.pop("dpo", None)
-    if folder is None:
-        return {"credit": given}
-    judge = loader(config)(str(folder)).requires_grad_(False)  # type: ignore[arg-type]
-    judge.to("cuda" if torch.cuda.is_available() else "cpu")
-    return {"credit": given, "inputs": {"dpo_logps": logps_under(judge, temperature=config.temperature)}}

@@ -12,13 +12,15 @@ class RLConfig:
 
     task: Literal["online"] = "online"
     """What makes `tokenpo train` read a configuration as one of `tokenpo rl`."""
-    model: str = "embedded"
-    """Folder of a Hugging Face causal language model (safetensors), a hub name, or 'embedded': the tiny one inside."""
+    model: str = "embedded-digits"
+    """Folder of a Hugging Face causal language model (safetensors), a hub name, or a tiny one inside the package:
+    'embedded-digits', which copies digits with mistakes, or 'embedded', which writes reviews."""
     prompts: str = "embedded"
-    """Rows with a 'prompt' (text or messages): JSONL, Parquet or CSV; other columns go to the reward function."""
-    reward: str = "true_reward"
-    """true_reward: of the embedded reviews. Or module:function in TRL's signature, a reward model's folder, math-verify
-    (reads the column 'answer'), or reasoning-gym (reads 'entry')."""
+    """Rows with a 'prompt' (text or messages): JSONL, Parquet or CSV; other columns go to the reward function. Or
+    'embedded', things to review; 'embedded-digits', problems, which the model of digits takes for the embedded ones."""
+    reward: str = "embedded"
+    """Embedded: of digits right_digits, 1 where all are right, else 0; of reviews true_reward. Or module:function in
+    TRL's signature, a reward model's folder, math-verify (reads column 'answer'), or reasoning-gym (reads 'entry')."""
     advantages: list[Any] = field(default_factory=lambda: ["grpo"])
     """An estimator, then shapers and filters in order: [{name: ktae}, {name: a3po, fraction: 0.1}, whiten]."""
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "ppo_clip"})
@@ -31,6 +33,9 @@ class RLConfig:
     """More or other rollouts: [{name: spo_chain, rollouts: 4}], spo_tree, dynamic_sampling, hapo_temperature."""
     stages: dict[str, Any] | None = None
     """{name: lopti, eta: 0.4}: the two updates on a batch (updates=2) train improbable tokens, then the others."""
+    answers: str | None = None
+    """Final answers, which copo and copo_blend compare: text (all of it), math-verify (the last expression), or
+    module:function in TRL's signature, which returns a string or None each."""
     correct_above: float | None = None
     """Rewards greater than this count as correct, for methods that ask."""
     reference: str = "auto"
@@ -79,10 +84,12 @@ class RLConfig:
     """Go on with an unfinished run of the same configuration in the output folder."""
 
 
-def preset(objective: str) -> dict[str, Any]:
-    """Values that suit the embedded model: without a KL term it would soon write one praising word over and over."""
+def preset(model: str, objective: str) -> dict[str, Any]:
+    """Values that suit an embedded model; the one of reviews would soon write one praising word without a KL term."""
     from tokenpo import methods
 
+    if model == "embedded-digits":
+        return {"learning_rate": 3e-4, "batch_size": 128, "max_new_tokens": 20}
     known = methods.all_methods("policy_gradient")
     held = objective in known and "kl_coef" in known[objective].hyperparameters
     kl = {"kl_coef": 0.1, "kl": "exact"} if held else {}

@@ -149,16 +149,28 @@ def reward_function(name: str, **options: Any) -> Callable[..., list[float | Non
 
 def math_verify_scores(rows: Sequence[Row]) -> list[Scored]:
     """1 where the response's last expression equals the column `answer`, else 0; by the package math-verify."""
-    try:
-        from math_verify import parse, verify
-    except ImportError as reason:
-        raise InputError("the scorer math-verify needs the package math-verify: pip install math-verify") from reason
+    parse, verify = _math_verify()
     found = []
     for index, row in enumerate(rows):
         answer = str(_column(row, "answer", index))
         gold = (parse(f"${answer}$") if bare_formula(answer) else []) or parse(answer)
         found.append(Scored(float(verify(gold, parse(_text(row))))))
     return found
+
+
+def last_expressions(texts: Sequence[str]) -> list[str | None]:
+    """The last expression of each text in one spelling, `1,000` as `1000`; None without one; by math-verify."""
+    parse, _ = _math_verify()
+    read = [parse(text) for text in texts]
+    return [str(expressions[0]) if expressions else None for expressions in read]
+
+
+def _math_verify() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    try:
+        from math_verify import parse, verify
+    except ImportError as reason:
+        raise InputError("math-verify is a package of its own: pip install math-verify") from reason
+    return parse, verify
 
 
 def bare_formula(answer: str) -> bool:

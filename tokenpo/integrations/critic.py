@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokenpo import masked
 from tokenpo.errors import InputError
 from tokenpo.losses import value_loss
+from tokenpo.methods import AtLeastOne, Fraction, Positive, Range
 from tokenpo.reference import disable_dropout
 from tokenpo.reward_models.network import head_class, head_logits
 from tokenpo.statistics.four_bit import whole_state_dict
@@ -37,17 +38,15 @@ class Critic:
         self,
         model: Any,
         *,
-        learning_rate: float = 1e-5,
-        clip: float | None = 0.2,
-        epochs: int = 1,
-        gamma: float | None = None,
-        lam: float | None = None,
-        pretrain: int = 0,
-        max_grad_norm: float = 1.0,
+        learning_rate: Positive = 1e-5,
+        clip: Positive | None = 0.2,
+        epochs: AtLeastOne = 1,
+        gamma: Fraction | None = None,
+        lam: Fraction | None = None,
+        pretrain: Annotated[int, Range(0)] = 0,
+        max_grad_norm: Positive = 1.0,
         activation_checkpointing: bool = False,
     ) -> None:
-        if not learning_rate > 0 or epochs < 1 or pretrain < 0:
-            raise InputError("critic: learning_rate is positive, epochs at least 1, pretrain at least 0")
         self.clip, self.epochs, self.pretrain, self.max_grad_norm = clip, epochs, pretrain, max_grad_norm
         self.gamma, self.lam = gamma, lam
         with torch.random.fork_rng(devices=[]):

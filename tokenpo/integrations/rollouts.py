@@ -271,7 +271,10 @@ def regrouped(window: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return parts
 
 
-def correction(inputs: Mapping[str, Tensor], mask: Tensor) -> Tensor | None:
-    """TRL's weights for the difference between the sampling engine and the policy, (B, T); None without vLLM."""
-    ratio = inputs.get("importance_sampling_ratio")
-    return None if ratio is None else ratio.expand(mask.shape)
+def corrected(given: Mapping[str, Tensor], ratio: Tensor | None) -> dict[str, Tensor]:
+    """`given` with all that is advantages times TRL's weights for what the sampling engine and the policy differ in.
+
+    `ratio` (B, T) or (B, 1), None without vLLM. Every surrogate is proportional to advantages by a factor above 0, so
+    this weighs what was sampled and leaves KL and entropy terms, which are of the policy, alone.
+    """
+    return {n: x if ratio is None or not n.endswith("advantages") else x * ratio for n, x in given.items()}

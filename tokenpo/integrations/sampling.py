@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from transformers import LogitsProcessor
 from tokenpo.advantages import HAPOTemperature
 from tokenpo.advantages.compose import Config
 from tokenpo.errors import InputError
-from tokenpo.methods import Range, bind, nearest
-
-AtLeastOne = Annotated[int, Range(1)]
+from tokenpo.methods import AtLeastOne, bind, nearest
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from tokenpo.integrations.rollouts import (
     STATISTICS,
     Input,
     batch_of,
-    correction,
+    corrected,
     credit_function,
     gathered_objects,
     regrouped,
@@ -150,6 +150,7 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
         self.sharing = PromptSharing(share_prompts)
         self.run_folder, self.keep_rollouts = Path(run_folder or args.output_dir), keep_rollouts
         self._failures: list[str] = []
+        self._judged: list[dict[str, Any]] = []
         self._coming: list[Any] = []
         self._window: list[dict[str, Any]] = []
         self._window_start = 0
@@ -205,21 +206,24 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         rewards = rewards if columns is None else self.tree_judged(rewards, columns)
         self._scored = inputs, prompts, completions, rewards
+        mine = rewards[self.accelerator.process_index * len(prompts) :][: len(prompts)].tolist()
+        self._judged += [
+            {"step": self.state.global_step, "prompt": p, "completion": c, "rewards": r}
+            for p, c, r in zip(prompts, completions, mine, strict=True)
+        ]
         failures = gathered_objects(self._failures)
         if not failures and bool(torch.isinf(rewards).any()):
             failures = ["a reward function gave an infinite reward: give None where there is none"]
         if failures:
-            kept = gathered_objects([{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)])
-            file = self.run_folder / "rollouts-failed.jsonl"
+            kept, file = gathered_objects(self._judged), self.run_folder / "rollouts-failed.jsonl"
             if self.accelerator.is_main_process:
-                scored = zip(kept, rewards.tolist(), strict=True)
-                rows = [{"step": self.state.global_step, **row, "rewards": s} for row, s in scored]
-                write_rollouts(file, rows, fresh=True)
+                write_rollouts(file, kept, fresh=True)
             self._failures.clear()
             raise InputError(f"{failures[0]}; the {len(kept)} rollouts of step {self.state.global_step} are in {file}")
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._judged = []
         if self.sampling.resampling is not None and self.model.training:
             inputs, output, rewards = self.resampled(self.sampling.resampling.attempts, inputs)
             self._ready, self.rollout_func = (output, rewards), lambda prompts, trainer: output
@@ -267,14 +271,15 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
                 model, batch, outputs, reference=self._score_reference(self.objective.needs),
                 temperature=self.temperature, sharing=self.sharing,
             )  # fmt: skip
-        weights = correction(inputs, mask)
+        weights = None
         if training and self.stages is not None:
             stage = inputs["stages"][:, self._step // self.args.steps_per_generation % self.num_iterations]
-            weights = stage.to(stats.logps.dtype) * (1.0 if weights is None else weights)
+            weights = stage.to(stats.logps.dtype)
         stats = with_mask(stats, mask, token_weights=weights)
         old = inputs.get("old_per_token_logps", stats.logps.detach())
         columns = {name: inputs[f"objective/{name}"] for name in self.columns}
-        out = self.objective.function(dataclasses.replace(stats, old_logps=old), inputs["advantages"], **columns)
+        advantages = corrected({"advantages": inputs["advantages"], **columns}, inputs.get("importance_sampling_ratio"))
+        out = self.objective.function(dataclasses.replace(stats, old_logps=old), **advantages)
         own = {u: self.accelerator.reduce(c, "sum") for u, c in sorted(self.count_units(inputs).items())}
         counts = {**(self._counts if training else own), "once": torch.ones_like(mask.sum())}
         self._log_loss("train" if training else "eval", out.metrics, stats, mask)

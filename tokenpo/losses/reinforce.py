@@ -112,7 +112,8 @@ def spo_loss(
     Both log-ratios are cut to +-`largest` nats. `stats.mask` must be the tokens that SPO trains:
     `dataclasses.replace(stats, mask=tokenpo.advantages.spo_loss_tokens(old_logps, mask))`. sums: {"tokens": .,
     "rows": .}. Where the mean ratio of the batch given exceeds `ratio_limit` the whole loss is 0, as released.
-    No dual clip. An empty row adds nothing and counts as a row in the KL term.
+    No dual clip. `stats.token_weights`, where attached, multiply a token's whole loss, its KL term too. An empty row
+    adds nothing and counts as a row in the KL term.
     """
     clipped = partial(clipped_surrogate, clip_low=clip_low, clip_high=clip_high)
     policy = policy_gradient_loss(
@@ -125,6 +126,8 @@ def spo_loss(
     if kl is None:
         return dataclasses.replace(policy, loss=keep * policy.loss, sums=sums)
     penalty = keep * kl_coef * kl
+    if stats.token_weights is not None:
+        penalty = penalty * masked.select(stats.token_weights, stats.mask)
     rows = max(len(stats.mask), 1)
     return LossOutput(
         loss=keep * policy.loss + penalty.sum() / rows,

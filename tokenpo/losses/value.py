@@ -48,12 +48,15 @@ def value_loss(
 def positive_example_loss(stats: TokenStats, correct: Tensor) -> LossOutput:
     """Negative log-likelihood of the correct rows, a mean over all their tokens; 0 where no row is correct.
 
-        loss = -(sum over correct rows of sum_t logps) / (number of their tokens)
+        loss = -(sum over correct rows of sum_t w_t logps) / (number of their tokens)
 
-    `correct` (B,) bool. sums: {"correct_tokens": .}, counted over the whole batch.
+    `correct` (B,) bool; w_t: `stats.token_weights` where attached, else 1. sums: {"correct_tokens": .}, counted over
+    the whole batch.
     """
     mask = stats.mask & _flags(correct, stats.mask).unsqueeze(-1)
     losses = masked.select(-stats.logps, mask)
+    if stats.token_weights is not None:
+        losses = losses * masked.select(stats.token_weights, mask)
     logged = {"rows/correct": correct.unsqueeze(-1).expand(stats.mask.shape)}
     out = output(losses, stats.mask, logged, "token_mean")
     total = losses.sum()
