@@ -186,10 +186,11 @@ def section(task: Task, found: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     mean = lambda rows, key: statistics.mean(r[key] for r in rows)
     order = sorted(found, key=lambda name: -mean(found[name], "final"))
     updates = found[order[0]][0]["updates"]
+    begin = statistics.mean(r["rewards"][0] for rows in found.values() for r in rows)
     lines = [
         f"## {task.name}", "",
         f"{task.words[0].upper()}{task.words[1:]}. {updates} updates of {task.prompts} prompts x {task.group} "
-        f"responses, learning rate {task.rate:g}.", "",
+        f"responses, learning rate {task.rate:g}. At the first update the reward is {begin:.3f}.", "",
         "| run | seeds | final | spread | half | entropy, nats/token | s/update | tokens sampled/update |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -165,4 +165,4 @@ def test_a_prompt_longer_than_the_window_is_named_before_training(model_folder, 
 def test_without_trl_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(command.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError("no trl")))
     with pytest.raises(command.InputError, match=r"tokenpo rl needs TRL.*pip install 'tokenpo\[trl\]'"):
-        command._engine()
+        command.need_trl()

@@ -13,7 +13,9 @@ from tokenpo import methods
 from tokenpo.commands.config import TrainConfig
 from tokenpo.commands.loading import EMBEDDED
 from tokenpo.commands.plan_inputs import adapter_options, dtype_of, load_config, reference_of
+from tokenpo.commands.rl import check_groups
 from tokenpo.commands.rl_config import RLConfig
+from tokenpo.commands.rl_inputs import available
 from tokenpo.commands.runs import check_settings
 from tokenpo.errors import InputError
 from tokenpo.statistics.head import text_config
@@ -109,24 +111,17 @@ def _offline(config: TrainConfig, asked: Asked) -> Planned:
     )  # fmt: skip
 
 
-def _online(config: RLConfig, asked: Asked) -> Planned:
+def online_run(config: RLConfig, asked: Asked) -> tuple[Run, bool]:
+    """What a run of `tokenpo rl` is made of, and whether statistics are read before the update."""
     from tokenpo.advantages import compose, compose_objective
     from tokenpo.integrations.rollouts import STATISTICS
-    from tokenpo.integrations.scoring import available
 
     check_settings(config, ["group_size", "batch_size", "accumulate", "updates", "max_new_tokens", "max_steps"])
-    rows_of_update = config.batch_size * config.accumulate
-    if config.group_size < 2 or rows_of_update % config.group_size:
-        raise InputError(
-            f"group_size {config.group_size} must be at least 2 and divide the {rows_of_update} responses of an update "
-            f"(batch_size {config.batch_size} x accumulate {config.accumulate}), or a group would be incomplete"
-        )
-    known = available({}, config.credit is not None, config.critic is not None, config.correct_above is not None,
-                      config.reference)  # fmt: skip
+    check_groups(config)
+    known = available(config)
     needs = compose(config.advantages, available=known).needs
     objective = compose_objective(config.objective, available=known).needs
     reads = {"ref_logps", "ref_kl", "policy_kl"} & {*needs, *objective}
-    prompt, response = asked.prompt or PROMPT_TOKENS, asked.response or config.max_new_tokens
     # TRL's defaults where `tokenpo rl` sets none
     engine = bool(config.trainer.get("use_vllm")) and config.trainer.get("vllm_mode", "colocate") == "colocate"
     share = float(config.trainer.get("vllm_gpu_memory_utilization", VLLM_SHARE))
@@ -138,13 +133,18 @@ def _online(config: RLConfig, asked: Asked) -> Planned:
         reads=bool(reads), give=None, critic=config.critic,
         standing={"engine": 0 if asleep else held, "teachers": _judges(config)},
     )  # fmt: skip
+    return run, any(n in STATISTICS for n in needs) or config.updates > 1
+
+
+def _online(config: RLConfig, asked: Asked) -> Planned:
+    run, scored = online_run(config, asked)
+    prompt, response = asked.prompt or PROMPT_TOKENS, asked.response or config.max_new_tokens
     per = int(config.trainer.get("steps_per_generation") or config.accumulate)
 
     def rows(count: int) -> list[Row]:
         return [Row(i // config.group_size, prompt, max(1, response - (i == count - 1))) for i in range(count)]
 
     def online(count: int) -> Online:
-        scored = any(n in STATISTICS for n in needs) or config.updates > 1
         return Online(rows(count * per), not config.trainer.get("use_vllm"), scored, max(count, config.group_size))
 
     sampled = 0.0 if config.trainer.get("use_vllm") else _moved(run, config.batch_size * per, prompt, response)

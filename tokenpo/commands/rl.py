@@ -14,7 +14,15 @@ from tokenpo.commands.config import loader
 from tokenpo.commands.loading import EMBEDDED, load_tokenizer, model_folder, prepare_threads, trains_adapter
 from tokenpo.commands.rl_compare import at_start, measure, show
 from tokenpo.commands.rl_config import RLConfig
-from tokenpo.commands.rl_inputs import answer_function, check_credit, inputs, prompts_name, reward_function, reward_name
+from tokenpo.commands.rl_inputs import (
+    answer_function,
+    available,
+    check_credit,
+    inputs,
+    prompts_name,
+    reward_function,
+    reward_name,
+)
 from tokenpo.errors import InputError
 from tokenpo.methods import bind, nearest
 
@@ -41,22 +49,21 @@ def check(config: RLConfig) -> Callable[..., Any]:
     check_groups(config)
     if not config.temperature > 0:
         raise InputError(f"temperature must be positive, got {config.temperature}")
+    need_trl()
+    checks = importlib.import_module("tokenpo.integrations.trl_checks")
     sampling = importlib.import_module("tokenpo.integrations.sampling")
     more = sampling.make_sampling(config.sampling)
-    inputs = {*more.gives, *(["dpo_logps"] if "dpo" in (config.credit or {}) else [])}
-    inputs |= {"answer_ids"} if answer_function(config.answers) else set()
-    available = _engine().available(inputs, config.credit is not None, config.critic is not None,
-                                    config.correct_above is not None, config.reference)  # fmt: skip
-    composition = compose(config.advantages, available=available)
-    objective = compose_objective(config.objective, available=available)
+    answer_function(config.answers)
+    known = available(config)
+    composition = compose(config.advantages, available=known)
+    objective = compose_objective(config.objective, available=known)
     check_aggregation(config.objective)
-    reads = check_credit(config.credit, available)
+    reads = check_credit(config.credit, known)
     if config.critic is not None:
         bind("critic", importlib.import_module("tokenpo.integrations.critic").Critic, config.critic)
     check_mode(config.reference)
     model_folder(config.model)
     given = arguments(config, Path("unused"))
-    checks = importlib.import_module("tokenpo.integrations.trl_checks")
     checks.check_read(composition, objective, more, credit=config.credit is not None,
                       critic=config.critic is not None, others=reads)  # fmt: skip
     checks.check_generation(composition, config.critic, given, None)
@@ -67,7 +74,7 @@ def check(config: RLConfig) -> Callable[..., Any]:
         )
     sampling.check_sampling(more, given, None)
     if config.stages is not None:
-        _engine().check_stages(config.stages, given)
+        checks.check_stages(config.stages, given)
     return reward_function(reward_name(config))
 
 
@@ -95,9 +102,10 @@ def check_aggregation(objective: dict[str, Any]) -> None:
         masked.aggregation_sums(none, none.bool(), values["aggregation"], length=values.get("length"))
 
 
-def _engine() -> Any:
+def need_trl() -> None:
+    """Say how to get TRL where it is not there."""
     try:
-        return importlib.import_module("tokenpo.integrations.trl")
+        importlib.import_module("tokenpo.integrations.trl")
     except ImportError as reason:
         raise InputError(f"tokenpo rl needs TRL ({reason}): pip install 'tokenpo[trl]'") from reason
 
@@ -108,6 +116,7 @@ def arguments(config: RLConfig, run: Path) -> Any:
     from trl import GRPOConfig
 
     from tokenpo.commands.runs import trainer_settings
+    from tokenpo.integrations.trl_checks import refuse_settings
 
     given = trainer_settings(config.trainer, GRPOConfig)
     usual = 1e-5 if trains_adapter(config) else 1e-6
@@ -126,7 +135,7 @@ def arguments(config: RLConfig, run: Path) -> Any:
         found = GRPOConfig(**{**ours, **given})
     except (TypeError, ValueError, ImportError) as reason:
         raise InputError(f"trainer: {str(reason).strip().splitlines()[0]}") from reason
-    _engine().refuse_settings(found)
+    refuse_settings(found)
     return found
 
 

@@ -18,6 +18,18 @@ SCORED = 16
 ANSWERS = ("text", "math-verify")
 
 
+def available(config: RLConfig) -> set[str]:
+    """Names of what the run can give to estimators, credit and objective. Needs TRL."""
+    from tokenpo.integrations.sampling import make_sampling
+    from tokenpo.integrations.scoring import available
+
+    given = {*make_sampling(config.sampling).gives}
+    given |= {"dpo_logps"} if "dpo" in (config.credit or {}) else set()
+    given |= {"answer_ids"} if config.answers else set()
+    return available(given, config.credit is not None, config.critic is not None, config.correct_above is not None,
+                     config.reference)  # fmt: skip
+
+
 def prompts_name(config: RLConfig) -> str:
     """`prompts`; the embedded ones are those of the model."""
     own = config.prompts == "embedded" and config.model == "embedded-digits"

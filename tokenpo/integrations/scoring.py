@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from tokenpo.integrations.rollouts import (
 from tokenpo.integrations.sampling import tree_columns
 from tokenpo.reference import Reference
 from tokenpo.statistics import LinearHead, PromptSharing
-from tokenpo.training.start import check_start
+from tokenpo.training.start import ROWS, check_start
 
 logger = logging.getLogger(__name__)
 
@@ -102,13 +101,9 @@ class ScoringMixin(MoreRolloutsMixin):
         if self.is_deepspeed_enabled:
             logger.warning("weights are sharded by DeepSpeed: the check of the reference at step 0 is skipped")
             return {}
-        rows = {name: x[:4] for name, x in batch.items()}
-        view: Any = SimpleNamespace(
-            model=self.model, reference=self.reference, accelerator=self.accelerator, train_dataset=rows["input_ids"],
-            data_collator=lambda _: rows, _prepare_inputs=lambda prepared: prepared,
-        )  # fmt: skip
+        rows = {name: x[:ROWS] for name, x in batch.items()}
         try:
-            return check_start(view, self.agrees)
+            return check_start(self.model, self.reference, rows, self.accelerator, self.agrees)
         except InputError as reason:
             if not any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules()):
                 raise

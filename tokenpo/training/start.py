@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Batch = dict[str, Tensor]
+ROWS = 4
 START_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Nats that policy and reference may differ by at step 0, by dtype; 0.1 for anything narrower."""
 REMEDIES = {
@@ -33,24 +35,29 @@ REMEDIES = {
 """Kind of reference -> what to look at."""
 
 
-def check_start(trainer: PreferenceTrainer, agree: bool) -> dict[str, float]:
+def first_rows(trainer: PreferenceTrainer) -> Batch:
+    """A batch of at most four rows."""
+    n = min(ROWS, len(trainer.train_dataset))
+    return trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(n)]))
+
+
+def check_start(
+    model: nn.Module, reference: Reference | None, batch: Batch, accelerator: Any, agree: bool
+) -> dict[str, float]:
     """What was measured, in nats: the head against the model's own logits, and the policy against its reference.
 
-    Measured in training mode, as the first step will be, on the first rows; `agree`: they have to (`must_agree`).
+    Measured in training mode, as the first step will be, on the rows of `batch`; `agree`: they have to (`must_agree`).
     Raises InputError where they do not within START_TOLERANCE, and where the reference gives nan or inf; warns where a
     reference that is another model differs, since that is allowed and seldom meant.
     """
-    model, reference = trainer.model, trainer.reference
     model.train()
-    n = min(4, len(trainer.train_dataset))
-    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(n)]))
     tolerance = START_TOLERANCE.get(next(model.parameters()).dtype, 0.1)
     measured = {"start/head_difference": head_matches_model(model, batch, rtol=max(tolerance, 1e-4))}
     if reference is None:
         return measured
-    if trainer.accelerator.mixed_precision != "no":
+    if accelerator.mixed_precision != "no":
         tolerance = 0.1
-    with trainer.accelerator.autocast():  # as in training, and as a cache was made
+    with accelerator.autocast():  # as in training, and as a cache was made
         difference = start_difference(model, reference, batch)
     measured["start/reference_difference"] = difference
     logger.info("reference '%s': log-probs differ by at most %.2g nats", reference.mode, difference)
@@ -121,4 +128,5 @@ class StartCheck(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self.trainer.start = check_start(self.trainer, self.agree)
+            t = self.trainer
+            t.start = check_start(t.model, t.reference, first_rows(t), t.accelerator, self.agree)

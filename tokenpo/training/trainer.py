@@ -22,7 +22,7 @@ from tokenpo.training.credit import TokenCredit
 from tokenpo.training.engines import ENGINES, teachers_of
 from tokenpo.training.exact import ExactTrainer, pad_id
 from tokenpo.training.sampling import EpochSampler, TokenBudgetSampler
-from tokenpo.training.start import StartCheck, check_start, must_agree
+from tokenpo.training.start import StartCheck, check_start, first_rows, must_agree
 from tokenpo.types import LossOutput, TokenStats
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class PreferenceTrainer(CompanionMixin, ExactTrainer):
             elif self.is_fsdp_enabled:
                 self.add_callback(StartCheck(self, agree))
             else:
-                self.start = check_start(self, agree)
+                self.start = check_start(self.model, self.reference, first_rows(self), self.accelerator, agree)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 
