@@ -1,6 +1,8 @@
-"""Steps of GRPO on the tiny model, for tests; as a program, in two processes: rl_run.py FOLDER OUT LISTS."""
+"""Steps of GRPO on the tiny model, for tests; as a program, in two processes: rl_run.py FOLDER LISTS."""
 
+import faulthandler
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -96,7 +98,7 @@ def run_theirs(args, **options):
 
 
 def fixed_runs(folder, lists, size):
-    """Three updates of each list of options on `fixed_rollouts`, `size` rows a process."""
+    """Three updates of each list of options on `fixed_rollouts`, `size` rows a micro-batch, two of them a process."""
     found = {}
     for name, options in lists.items():
         given = config(folder / name, per_device_train_batch_size=size, steps_per_generation=2)
@@ -105,9 +107,37 @@ def fixed_runs(folder, lists, size):
     return found
 
 
-if __name__ == "__main__":
+def in_two_processes(script, folder, *words):
+    """What `script FOLDER WORDS` left with `leave` in the first process and in the second."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    given = [*launch, str(Path(__file__).parent / script), str(folder), *words]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def begin():
+    """The folder of a program that `in_two_processes` started; a process that waits for ever says where, and ends."""
     torch.set_num_threads(1)
-    found = fixed_runs(Path(sys.argv[1]), json.loads(sys.argv[3]), 2)
-    if torch.distributed.get_rank() == 0:
-        torch.save(found, sys.argv[2])
+    faulthandler.dump_traceback_later(240, exit=True)
+    return Path(sys.argv[1])
+
+
+def leave(found, folder):
+    """Keep what this process found, and end."""
+    torch.save(found, folder / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
+
+
+def close_gradients(one, two, name, tolerance=1e-5):
+    """Equal but for `tolerance`, relative to the largest entry of a step."""
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two, strict=True):
+        largest = max(float(gradient.abs().max()) for gradient in a.values())
+        assert max(float((a[n] - b[n]).abs().max()) for n in a) < tolerance * largest, name
+    assert max(float(gradient.abs().max()) for step in one for gradient in step.values()) > 1e-2, name
+
+
+if __name__ == "__main__":
+    folder = begin()
+    leave(fixed_runs(folder, json.loads(sys.argv[2]), 3), folder)

@@ -193,11 +193,6 @@ class MoreRolloutsMixin:
         if tree is None or not self.model.training:
             tokens, logprobs = self._generate_single_turn(ids, None, {}, self._group_size)
             return {"prompt_ids": ids, "completion_ids": tokens, "logprobs": logprobs}
-        if len(prompts) % self.num_generations:
-            raise InputError(
-                f"spo_tree samples the tree of a prompt in one process: the {len(prompts)} rows of a process must be a "
-                f"multiple of num_generations = {self.num_generations}"
-            )
         roots = ids[:: self.num_generations]
         trees: list[list[Node]] = [[] for _ in roots]
         frontier: list[tuple[int, int, list[int]]] = [(number, 0, []) for number in range(len(roots))]

@@ -114,6 +114,12 @@ def check_sampling(sampling: Sampling, args: Any, rollout_func: Any) -> None:
             f"a tree of branching {list(sampling.tree.branching)} has up to {sampling.tree.rows} rows with its root, "
             f"but num_generations is {args.num_generations}: raise it, or branch less"
         )
+    rows = args.per_device_train_batch_size * args.steps_per_generation
+    if sampling.tree and rows % args.num_generations:
+        raise InputError(
+            f"spo_tree samples the tree of a prompt in one process: the {rows} rows of a process must be a multiple of "
+            f"num_generations = {args.num_generations}"
+        )
     corrected = args.use_vllm and args.vllm_importance_sampling_correction
     if sampling.tree and (args.mask_truncated_completions or corrected):
         raise InputError(
