@@ -38,7 +38,8 @@ GPT2 = {"vocab_size": 50_257, "n_embd": 512, "n_layer": 6, "n_head": 8}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, a configuration of `tokenpo train`, and the lengths of every pair."""
+    """A model, a configuration of `tokenpo train` or, where it names advantages, of `tokenpo rl`, and the lengths of
+    every pair or of every response in groups of `GROUP`."""
 
     kind: str
     sizes: dict[str, Any]
@@ -52,6 +53,7 @@ def case(kind: str, sizes: dict[str, Any], pairs: int, prompt: int, response: in
     return Case(kind, sizes, pairs, prompt, response, settings)
 
 
+GROUP = 4
 CHECKPOINTS = {"activation_checkpointing": True}
 LORA = {"lora": 16, "dtype": "float32"}
 CASES = {
@@ -81,6 +83,15 @@ CASES = {
     "gemma3 full, DPO, cached log-probs": case(
         "gemma3_text", GEMMA, 2, 128, 128, loss="dpo", reference="cache", share_prompts=False),
     "gpt2 full, SimPO, no reference": case("gpt2", GPT2, 2, 256, 128, loss="simpo", share_prompts=False),
+    "llama full, GRPO": case("llama", LLAMA, 8, 256, 64, advantages=["grpo"], share_prompts=False),
+    "llama full, KTAE, exact KL to a copy, shared prompts": case(
+        "llama", LLAMA, 8, 256, 64, advantages=["ktae"], objective={"name": "ppo_clip", "kl_coef": 0.1, "kl": "exact"},
+        share_prompts=True, trainer=CHECKPOINTS),
+    "llama full, PPO-GAE, critic": case(
+        "llama", LLAMA, 4, 256, 64, advantages=["ppo_gae"], critic={}, share_prompts=False),
+    "qwen3 NF4 + LoRA, GRPO, many responses": case(
+        "qwen3", DEEP, 32, 64, 64, advantages=["grpo"], quantize="nf4", share_prompts=True, trainer=CHECKPOINTS,
+        **LORA),
 }  # fmt: skip
 
 
@@ -134,7 +145,15 @@ def configuration(case: Case, tiny: bool = False) -> Any:
 
 def settings(case: Case, model: str, output: str) -> Any:
     from tokenpo.commands.config import TrainConfig
+    from tokenpo.commands.rl_config import RLConfig
 
+    if "advantages" in case.settings:
+        quiet = {"save_strategy": "no", "use_cpu": True, "activation_checkpointing": False,
+                 "generation_kwargs": {"suppress_tokens": [2]}}  # fmt: skip
+        return RLConfig(
+            model=model, batch_size=case.pairs, group_size=GROUP, max_new_tokens=case.response, output=output,
+            max_steps=2, reward="true_reward", **{**case.settings, "trainer": {**quiet, **case.settings.get("trainer", {})}},
+        )  # fmt: skip
     given = {**case.settings, "loss": {"name": case.settings["loss"]}}
     if given["loss"]["name"] == "simpo":
         given["loss"] |= {"beta": 2.0, "gamma": 1.0}
@@ -145,15 +164,22 @@ def settings(case: Case, model: str, output: str) -> Any:
 def predict(case: Case) -> Any:
     """The planner's peak for these lengths, of tensors alone, with the statistics as they run on a CPU."""
     from tokenpo import methods
-    from tokenpo.commands.plan_run import offline_run
+    from tokenpo.commands.plan_run import Asked, offline_run, online_run
     from tokenpo.statistics.linear import TILE_BYTES_CPU
-    from tokenpo.training.planned_run import Row, peak_of
+    from tokenpo.training.planned_run import Online, Row, peak_of
 
+    scored: bool | None = None
     with tempfile.TemporaryDirectory() as folder:
         configuration(case).save_pretrained(folder)
         config = settings(case, folder, f"{folder}/run")
-        run = offline_run(config, methods.get(config.loss["name"]))
+        if "advantages" in case.settings:
+            run, scored = online_run(config, Asked(case.prompt, case.response))
+        else:
+            run = offline_run(config, methods.get(config.loss["name"]))
     run = dataclasses.replace(run, tile_bytes=TILE_BYTES_CPU, expected=True, standing={})
+    if scored is not None:
+        rows = [Row(i // GROUP, case.prompt, case.response) for i in range(case.pairs)]
+        return peak_of(run, rows, Online(rows, True, scored, max(case.pairs, GROUP)))
     chosen = [Row(i, case.prompt, case.response) for i in range(case.pairs)]
     return peak_of(run, chosen + [row._replace(response_tokens=case.response - 1) for row in chosen])
 
@@ -199,6 +225,8 @@ def trained(case: Case, model: str, output: str, *, tiny: bool, steps: int = 2) 
     from tokenpo.training import PreferenceTrainer
 
     config = settings(case, model, output)
+    if "advantages" in case.settings:
+        return online(case, config, steps)
     config = dataclasses.replace(config, max_steps=2, trainer={
         **config.trainer, "save_strategy": "no", "eval_strategy": "no", "use_cpu": True})  # fmt: skip
     rows = make_rows(case, 2 * case.pairs * config.accumulate, 500 if tiny else case.sizes["vocab_size"])
@@ -214,6 +242,37 @@ def trained(case: Case, model: str, output: str, *, tiny: bool, steps: int = 2) 
     trainer = PreferenceTrainer(
         policy, arguments, train_dataset=rows, tokenizer=tokenizer, loss=config.loss["name"],
         loss_args={k: v for k, v in config.loss.items() if k != "name"}, reference=reference,
+        load_reference=loader(config), share_prompts=config.share_prompts,
+    )  # fmt: skip
+    if steps:
+        trainer.train()
+    return trainer
+
+
+def online(case: Case, config: Any, steps: int) -> Any:
+    """The trainer of an online case, after `steps` steps; no response ends before its limit."""
+    from datasets import Dataset
+
+    from tokenpo.commands.config import loader
+    from tokenpo.commands.loading import load_tokenizer
+    from tokenpo.commands.rl import arguments
+    from tokenpo.commands.train import load_policy
+    from tokenpo.integrations.trl import TokenGRPOTrainer
+
+    class Fixed(TokenGRPOTrainer):
+        def _tokenize_prompts(self, prompts: list) -> Any:
+            found = super()._tokenize_prompts(prompts)
+            return ([[3 + i % 400 for i in range(case.prompt)] for _ in prompts], *found[1:])
+
+    policy = load_policy(config)
+    for tensor in policy.parameters():
+        if tensor.is_floating_point():  # or one of them keeps the whole file mapped, and so resident
+            tensor.data = tensor.data.clone()
+    trainer = Fixed(
+        policy, lambda completions, **_: [float(i % 3) for i in range(len(completions))],
+        arguments(dataclasses.replace(config, max_steps=steps or 2), Path(config.output)),
+        train_dataset=Dataset.from_dict({"prompt": ["a"] * case.pairs}), processing_class=load_tokenizer("embedded"),
+        advantages=config.advantages, objective=config.objective, critic=config.critic,
         load_reference=loader(config), share_prompts=config.share_prompts,
     )  # fmt: skip
     if steps:

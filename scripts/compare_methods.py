@@ -96,6 +96,11 @@ def summary(runs: Path, name: str, seed: int) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def took(summary: dict[str, Any]) -> str:
+    """Seconds of a step; a run that was resumed after its last step has none."""
+    return "–" if summary["seconds_per_step"] is None else f"{summary['seconds_per_step']:.2f}"
+
+
 def write(
     path: Path, found: dict[str, list[dict[str, Any]]], steps: int, seeds: Sequence[int], commits: Sequence[str]
 ) -> None:
@@ -143,7 +148,7 @@ def row(method: Method, runs: list[dict[str, Any]], credit: str = "") -> str:
         spread(rise, 2),
         spread([a["kl"] for a in after], 2) if "kl" in after[0] else "not defined",
         spread([a["entropy"] for a in after], 2),
-        f"{runs[0]['seconds_per_step']:.2f}",
+        took(runs[0]),
         f"{runs[0]['peak_memory_mb']:.0f}",
         settings,
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from compare_methods import took
 from real_data import OWN, Material, last_number
 from real_pictures import TITLES, draw_credit, draw_rewards, draw_sums, mean
 from real_runs import BASES, ESTIMATORS, LOSSES, MEMORY, START, Plan, read_lines
@@ -169,7 +170,7 @@ def row(run: Run, dpo: Run | None) -> str:
         f"{mean(run.rewards['after']):.2f} [{low_high[0]:.2f}, {low_high[1]:.2f}]",
         cell(bootstrap(finds_good, *run.words, draws=DRAWS)), cell(bootstrap(finds_bad, *run.words, draws=DRAWS)),
         beside,
-        f"{after['kl']:.1f}", f"{after['entropy']:.2f}", f"{run.summary['seconds_per_step']:.2f}",
+        f"{after['kl']:.1f}", f"{after['entropy']:.2f}", took(run.summary),
         f"{run.summary['peak_memory_mb']:.0f}",
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
@@ -213,7 +214,7 @@ def sums_section(online: Sequence[str], folder: Path, material: Material, plan: 
         lines.append(
             f"| `{name}` | {cell(right[name, 'greedy'])} | {cell(right[name, 'sampled'])} "
             f"| {mean(rewards[name][-10:]):.2f} | {after['kl']:.2f} | {after['entropy']:.2f} "
-            f"| {summary['seconds_per_step']:.2f} | {summary['peak_memory_mb']:.0f} |"
+            f"| {took(summary)} | {summary['peak_memory_mb']:.0f} |"
         )
     draw_sums(rewards, pictures / "sums.png")
     return [*lines, "", f"![reward over updates, a line an estimator]({pictures.name}/sums.png)", ""]

@@ -86,6 +86,23 @@ def test_kill_and_resume_gives_the_same_weights_bit_for_bit(uninterrupted, model
     assert steps[0] == steps[1]
 
 
+def test_a_run_that_was_killed_after_its_last_step_has_no_seconds_of_one(model_folder, pairs_file, tmp_path):
+    run = tmp_path / "run"
+    command = words(model_folder, pairs_file, run, "max_steps=2")
+    assert main(command) == 0
+    trained = weights(run)
+    first = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").unlink()
+    assert main(command) == 0
+    again = json.loads((run / "summary.json").read_text())
+    assert again["after"] == first["after"] and again["held_out"] == first["held_out"]
+    assert all(torch.equal(value, trained[name]) for name, value in weights(run).items())
+    assert first["seconds_per_step"] > 0 and not first["resumed"] and again["resumed"] and again["steps"] == 2
+    assert again["seconds_per_step"] is None
+    assert main(["export", str(run)]) == 0
+    assert "2 steps, at most" in (run / "export" / "README.md").read_text()
+
+
 def test_a_mistake_in_the_data_leaves_the_folder_free(model_folder, pairs_file, tmp_path, capsys):
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "chosen": "", "rejected": "b"}])
     command = words(model_folder, bad, tmp_path / "run")

@@ -147,8 +147,9 @@ def _numbers(summary: dict[str, Any], merge: Difference | None) -> Iterator[str]
             rows.append(f"| {label} | {_value(before or {}, key)} | {_value(after, key)} |")
     if rows:
         yield "\n".join(["| | before | after |", "|---|---:|---:|", *rows])
-    took = f"{summary['steps']} steps, {summary['seconds_per_step']:.3g} s each"
-    yield f"{took}, at most {summary['peak_memory_mb']:.0f} MB of memory in the process."
+    took = summary["seconds_per_step"]
+    each = "" if took is None else f", {took:.3g} s each"
+    yield f"{summary['steps']} steps{each}, at most {summary['peak_memory_mb']:.0f} MB of memory in the process."
     gap = summary.get("start", {}).get("start/reference_difference")
     if gap is not None:
         yield f"Before the first step log-probs of the policy and of its reference differed by at most {gap:.2g} nats."

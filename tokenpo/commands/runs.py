@@ -150,7 +150,8 @@ def training_arguments(config: TrainConfig | RewardConfig, run: Path, n_rows: in
 def run_training(trainer: Any, run: Path, *, resume: bool) -> dict[str, Any]:
     """Train, from the folder's last checkpoint where there is one; what every summary says of it.
 
-    `peak_memory_mb` is the process's until the last step, what came before training included.
+    `seconds_per_step` is of the steps of this process, None where a resumed run had none left; `peak_memory_mb` the
+    process's until the last step, what came before training included.
     """
     from tokenpo.training import StepClock, last_checkpoint
 
@@ -164,7 +165,7 @@ def run_training(trainer: Any, run: Path, *, resume: bool) -> dict[str, Any]:
     return {
         "steps": trainer.state.global_step,
         "seconds_training": round(time.perf_counter() - started, 2),
-        "seconds_per_step": clock.seconds / max(clock.steps, 1),
+        "seconds_per_step": clock.seconds / clock.steps if clock.steps else None,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "resumed": checkpoint is not None,
     }

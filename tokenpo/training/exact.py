@@ -29,6 +29,8 @@ class ExactLossMixin:
 
     loss_is_scaled_for_ga = True
     accelerator: Any
+    state: Any
+    control: Any
 
     def count_units(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """How many of each unit of LossOutput.sums a batch holds."""
@@ -37,6 +39,13 @@ class ExactLossMixin:
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         _forget_earlier_optimizers()
         return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A run that was stopped between its last step and its end takes no step more, which transformers would."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+        else:
+            self.control.should_training_stop = True
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, Tensor]:
         counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.int64, device=device))
