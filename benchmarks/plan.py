@@ -152,7 +152,8 @@ def settings(case: Case, model: str, output: str) -> Any:
                  "generation_kwargs": {"suppress_tokens": [2]}}  # fmt: skip
         return RLConfig(
             model=model, batch_size=case.pairs, group_size=GROUP, max_new_tokens=case.response, output=output,
-            max_steps=2, reward="true_reward", **{**case.settings, "trainer": {**quiet, **case.settings.get("trainer", {})}},
+            max_steps=2, reward="true_reward",
+            **{**case.settings, "trainer": {**quiet, **case.settings.get("trainer", {})}},
         )  # fmt: skip
     given = {**case.settings, "loss": {"name": case.settings["loss"]}}
     if given["loss"]["name"] == "simpo":

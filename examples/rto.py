@@ -23,7 +23,7 @@ from trl import GRPOConfig
 
 from tokenpo.data import load_preferences, tokenize_preferences
 from tokenpo.data.reviews import embedded_model_path, embedded_pairs, true_reward
-from tokenpo.evaluation import sample
+from tokenpo.evaluation import as_batch, render_prompt, sample
 from tokenpo.evaluation.scorers import reward_function
 from tokenpo.integrations.rollouts import logps_under
 from tokenpo.integrations.trl import TokenGRPOTrainer
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(embedded_model_path()))
     parser.add_argument("--data", default=None, help="JSONL of prompt, chosen, rejected; its prompts are PPO's too")
-    parser.add_argument("--judge", default=None, help="folder of a reward model")
+    parser.add_argument("--judge", default=None, help="a reward model's folder, or module:function; --data needs one")
     parser.add_argument("--steps", type=int, default=40, help="of DPO")
     parser.add_argument("--pairs", type=int, default=16, help="pairs a step and process")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--dpo-coef", type=float, default=0.5, help="contains DPO's beta; the KL penalty is a fifth")
     parser.add_argument("--samples", type=int, default=64, help="texts whose reward is averaged")
     args = parser.parse_args()
+    if args.data and not args.judge:
+        parser.error("--data needs --judge: the true reward is known of the embedded reviews only")
     if not torch.accelerator.is_available():
         torch.set_num_threads(1)  # tiny models run best on one
 
@@ -91,15 +93,21 @@ def main() -> None:
     trainer.train()
     log = [row for row in trainer.state.log_history if "critic/error" in row]
 
-    def reward(model):
-        prompts = [pairs["prompt"][i % len(pairs)] for i in range(args.samples)]
-        texts = sample(model, tokenizer, prompts, max_new_tokens=args.tokens).texts
-        return statistics.fmean(judge(prompts=prompts, completions=texts))
+    prompts = [pairs["prompt"][i % len(pairs)] for i in range(args.samples)]
 
+    def judged(model):
+        found = sample(model, tokenizer, prompts, max_new_tokens=args.tokens)
+        return found.token_ids, judge(prompts=prompts, completions=found.texts)
+
+    before, of_guide = judged(start.to(policy.device))[1], judged(guide)[1]
+    ids, of_policy = judged(policy)
+    batch = as_batch([render_prompt(prompt, tokenizer) for prompt in prompts], ids, policy.device)
+    values = trainer.critic.values(batch, max(map(len, ids)), chunk=args.rollouts).cpu()
     numbers = {
-        "reward_before": reward(start.to(policy.device)),
-        "reward_dpo": reward(guide),
-        "reward_rto": reward(policy),
+        "reward_before": statistics.fmean(before),
+        "reward_dpo": statistics.fmean(of_guide),
+        "reward_rto": statistics.fmean(of_policy),
+        "critic_value": statistics.fmean(row[len(text) - 1].item() for row, text in zip(values, ids, strict=True)),
         "critic_error_first": log[0]["critic/error"],
         "critic_error_last": log[-1]["critic/error"],
         "entropy_last": log[-1]["entropy"],

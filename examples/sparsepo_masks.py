@@ -26,16 +26,15 @@ FIELDS = ("token_weights", "kl_weights")
 
 
 @torch.no_grad()
-def masks_and_worths(trainer, rows, batch_size=32):
-    """The mask on log-ratios of every chosen token, and whether a word of known worth becomes certain there."""
-    masks, labels = [], []
+def masks_of(trainer, rows, batch_size=32):
+    """The mask on log-ratios of every chosen token."""
+    found = []
     for first in range(0, len(rows), batch_size):
         part = [rows[i] for i in range(first, min(first + batch_size, len(rows)))]
         batch = {name: value.to(trainer.args.device) for name, value in trainer.data_collator(part).items()}
         chosen, _ = trainer.pair_stats(trainer.model, batch)
-        masks.append(chosen.token_weights[chosen.mask].cpu())
-        labels += [worth != 0 for row in part for worth in token_credit(row["chosen_text"], row["chosen_spans"])]
-    return torch.cat(masks), torch.tensor(labels)
+        found.append(chosen.token_weights[chosen.mask].cpu())
+    return torch.cat(found)
 
 
 def main() -> None:
@@ -57,7 +56,6 @@ def main() -> None:
     pairs = load_preferences(args.data or embedded_pairs("train")[:2048]).train_test_split(test_size=0.1, seed=0)
     splits = {name: tokenize_preferences(part, tokenizer) for name, part in pairs.items()}
     credit = MaskNetworks(FIELDS, policy.config)
-    fresh = [parameter.detach().clone() for parameter in credit.module.parameters()]
     settings = TrainingArguments(
         "runs/examples/sparsepo", max_steps=args.steps, per_device_train_batch_size=args.pairs, learning_rate=args.lr,
         lr_scheduler_type="linear", warmup_steps=0.2, logging_steps=max(1, args.steps // 4), save_strategy="no",
@@ -67,21 +65,24 @@ def main() -> None:
         policy, settings, train_dataset=splits["train"], eval_dataset=splits["test"], tokenizer=tokenizer,
         loss="sparsepo", loss_args={"beta": args.beta, "l1_weights": args.l1, "l1_kl": args.l1}, credit=credit,
     )  # fmt: skip
+    masks_at_start, at_start = masks_of(trainer, splits["test"]), trainer.evaluate()
     trainer.train()
     found = trainer.evaluate()
     trainer.save_model()  # runs/examples/sparsepo: the policy, and companion.safetensors beside it
 
-    masks, labels = masks_and_worths(trainer, splits["test"])
-    parameters = credit.module.parameters()
-    moved = sum((a.cpu() - b).square().sum().item() for a, b in zip(parameters, fresh, strict=True)) ** 0.5
+    masks = masks_of(trainer, splits["test"])
     numbers = {
         "accuracy": found["eval_rewards/accuracies"],
+        "loss_at_start": at_start["eval_loss"],
         "loss": found["eval_loss"],
+        "mask_mean_at_start": masks_at_start.mean().item(),
         "mask_mean": masks.mean().item(),
         "mask_zero": (masks == 0).float().mean().item(),
-        "mask_word_auroc": float(auroc(masks, labels)),
-        "networks_moved": moved,
     }
+    if args.data is None:  # which words are worth something is known of the embedded reviews only
+        texts = zip(splits["test"]["chosen_text"], splits["test"]["chosen_spans"], strict=True)
+        worthy = [worth != 0 for text, spans in texts for worth in token_credit(text, spans)]
+        numbers["mask_word_auroc"] = float(auroc(masks, torch.tensor(worthy)))
     if trainer.is_world_process_zero():
         print("\n".join(f"{name:20} {value:.3f}" for name, value in numbers.items()))
         print(json.dumps({name: round(value, 4) for name, value in numbers.items()}))

@@ -142,7 +142,7 @@ def train(task: Task, options: Mapping[str, Any], seed: int, updates: int, folde
     given = dict(options)
     if given.get("credit") == "worths":
         given["credit"] = task.worths
-    inputs: dict[str, Any] = {"answer_ids": lambda r: [str(float(x)) for x in r.rewards]}
+    inputs: dict[str, Any] = {"answer_ids": lambda r: list(r.completions)}
     if isinstance(given.get("credit"), dict):
         inputs["dpo_logps"] = logps_under(task.model(task.preferred(folder, seed, start)))
     set_seed(seed)
@@ -213,7 +213,7 @@ def write(found: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task], pat
         "# Online methods, measured", "",
         f"Seeds {seed}. Final: the mean reward of the last 20 updates; half: of the 20 before half "
         "of the budget; spread: least and greatest final reward over the seeds. Nothing is tuned per method. "
-        "`token_rewards_*` are given the true worth of every letter (on spell_backward: whether it stands in its "
+        "`copo*` compares whole responses as answers. `token_rewards_*` are given the true worth of every letter (on spell_backward: whether it stands in its "
         "place). Rows are an estimator, `+` shapers and filters, `,` the objective (`ppo_clip` where none is named) "
         "and what else differs. All see the same number of prompts and, but for `spo_*` and groups sampled again, of "
         "responses: the last column says what was sampled, without what `aapo` asks of the reference. A rollout is "
