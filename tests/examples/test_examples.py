@@ -23,8 +23,8 @@ LOG_2 = math.log(2.0)
 
 
 def worth(completions, **columns):
-    """A judge of one's own."""
-    return [true_reward(text) for text in completions]
+    """A judge of one's own, whose rewards are far from 0, where V starts."""
+    return [4.0 + true_reward(text) for text in completions]
 
 
 SMALL = {
@@ -35,7 +35,7 @@ SMALL = {
     "cdpo_critical_tokens.py": "--steps 12 --pairs 8 --per-prompt 6 --checked 1 --rollouts 4 --tokens 32 --sft-lr 2e-3",
     "treg_self_rewards.py": "--steps 12 --lr 3e-4 --data PAIRS",
     "rto.py": "--steps 12 --pairs 8 --lr 2e-3 --updates 8 --rollouts 32 --tokens 24 --samples 32 --rl-lr 2e-3"
-    f" --data PAIRS --judge {__name__}:worth",
+    f" --critic-lr 3e-3 --data PAIRS --judge {__name__}:worth",
     "red_guided.py": "--judge-steps 12 --steps 12 --lr 2e-4 --data PAIRS",
     "new_method.py": "--steps 12 --lr 2e-4 --data PAIRS",
     "trl_dpo.py": "--steps 12 --lr 1e-4 --data PAIRS",
@@ -95,9 +95,9 @@ def blame_is_found(n):
 
 
 def policy_and_critic_learn(n):
-    """Both phases find better text, and V, which starts at 0, goes where the rewards are."""
+    """Both phases find better text, and V, which starts at 0, goes to where the rewards are."""
     better = min(n["reward_dpo"], n["reward_rto"]) > n["reward_before"] + 0.4
-    return better and 0.1 < n["critic_value"] < n["reward_rto"] + 0.5 and n["critic_error_first"] > 1
+    return better and 1.0 < n["critic_value"] < 6.0 and n["critic_error_last"] < 0.8 * n["critic_error_first"]
 
 
 def more_is_correct(n):
