@@ -9,7 +9,7 @@ import torch
 from tiny import make_model
 from torch import nn
 
-from tokenpo.statistics import LinearHead, dense_token_stats, linear_token_stats
+from tokenpo.statistics import LinearHead, dense_token_stats, hidden_before_head, linear_token_stats
 
 
 @pytest.fixture
@@ -31,11 +31,23 @@ def partitioned(monkeypatch):
 
     weight.ds_id, weight.all_gather = 0, all_gather
     weight.data = empty
-    for name, content in {"deepspeed": {}, "deepspeed.zero": {"GatheredParameters": gathered_parameters}}.items():
-        module = types.ModuleType(name)
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, name, module)
+    stand_in = types.ModuleType("deepspeed")  # its `zero` is an attribute, no module to import
+    stand_in.zero = types.SimpleNamespace(GatheredParameters=gathered_parameters)
+    monkeypatch.setitem(sys.modules, "deepspeed", stand_in)
     return model, whole
+
+
+def test_hooks_of_the_head_rest_while_its_product_is_left_out(partitioned):
+    """They count gradients in by the head's output, of which nothing is used, and out by its input."""
+    model, _ = partitioned
+    called = []
+    model.lm_head.register_forward_pre_hook(lambda module, given: called.append("before"))
+    model.lm_head.register_forward_hook(lambda module, given, out: called.append("after"))
+    batch = {"input_ids": torch.tensor([[4, 5, 6]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    assert hidden_before_head(model, batch).shape == (1, 3, model.config.hidden_size) and not called
+    del model.lm_head.weight.ds_id
+    hidden_before_head(model, batch)
+    assert called == ["before", "after"]
 
 
 def test_values_and_gradient_are_those_of_the_whole_head(partitioned):

@@ -14,7 +14,6 @@ from trl.data_utils import is_conversational
 
 from tokenpo.advantages import dynamic_sampling, spo_cutpoints
 from tokenpo.advantages.compose import Composition
-from tokenpo.errors import InputError
 from tokenpo.integrations.rewards import write_rollouts
 from tokenpo.integrations.rollouts import Rollouts, gathered, gathered_objects
 from tokenpo.integrations.sampling import Chain, Node, Sampling, tree_rows

@@ -253,12 +253,22 @@ def _as_a_product_sees(hidden: Tensor) -> Tensor:
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """`module.forward` is `forward` inside the block. Hooks of the module still run."""
+    """`module.forward` is `forward` inside the block. Hooks of the module still run, but for those of ZeRO stage 3.
+
+    These watch gradients come into a module by its output, here unused, before they leave it by its input.
+    """
     before = module.__dict__.get("forward")  # accelerate and others set one on the instance
+    sharded = any(hasattr(p, "ds_id") for p in module.parameters())
+    hooks = [h for h in (module._forward_pre_hooks, module._forward_hooks) if sharded]
+    kept = [dict(h) for h in hooks]
     module.forward = forward
+    for h in hooks:
+        h.clear()
     try:
         yield
     finally:
+        for h, own in zip(hooks, kept, strict=True):
+            h.update(own)
         if before is None:
             del module.forward
         else:

@@ -166,9 +166,9 @@ def _gathered(value: Any) -> Tensor:
         from torch.distributed.tensor import Partial
 
         return cast(Tensor, value.full_tensor(grad_placements=[Partial("avg")] * value.device_mesh.ndim))
-    from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found, unused-ignore]
+    from deepspeed import zero  # type: ignore[import-not-found, unused-ignore]
 
-    with GatheredParameters([value]):
+    with zero.GatheredParameters([value]):
         return cast(Tensor, _GatheredAgain.apply(value))  # the parameter is emptied at the end of this block
 
 
