@@ -115,7 +115,6 @@ def main() -> None:
         return
     swapped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
     rows, of_wrong = (tokenize_preferences(load_preferences(part), tokenizer) for part in (pairs, swapped))
-
     positive, negative, policy = (copy.deepcopy(start) for _ in range(3))
     train(positive, "sft", rows, tokenizer, args, args.sft_lr)
     train(negative, "sft", of_wrong, tokenizer, args, args.sft_lr)
@@ -124,7 +123,8 @@ def main() -> None:
 
     weights = [torch.tensor(row) for row in rows["rejected_token_weights"]]
     texts = zip(rows["rejected_text"], rows["rejected_spans"], strict=True)
-    bad = [worth < 0 for text, spans in texts for worth in token_credit(text, spans)]
+    worths = torch.tensor([worth for text, spans in texts for worth in token_credit(text, spans)])
+    told = worths != 0  # among words of worth: that these are less probable than others would tell them from the rest
     ranks = []
     for i in sorted(range(len(rows)), key=lambda i: len(weights[i]))[: args.checked]:
         at = critical_token(
@@ -137,7 +137,7 @@ def main() -> None:
         "right_before": share_right(found),
         "right_after": share_right(answers(policy, tokenizer, args, seed=1)),
         "pairs": float(len(pairs)),
-        "weight_auroc_bad_words": float(auroc(torch.cat(weights), torch.tensor(bad))),
+        "weight_auroc_bad_from_good": float(auroc(torch.cat(weights)[told], worths[told] < 0)),
         "critical_found": len(ranks) / max(args.checked, 1),
         "critical_weight_rank": statistics.fmean(ranks) if ranks else 0.5,
     }

@@ -214,12 +214,13 @@ def write(found: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task], pat
         f"Seeds {seed}. Final: the mean reward of the last 20 updates; half: of the 20 before half "
         "of the budget; spread: least and greatest final reward over the seeds. Nothing is tuned per method. "
         "`copo*` compares whole responses as answers. `token_rewards_*` are given the true worth of every letter (on "
-        "spell_backward: whether it stands in its place). Rows are an estimator, `+` shapers and filters, `,` the objective (`ppo_clip` where none is named) "
-        "and what else differs. All see the same number of prompts and, but for `spo_*` and groups sampled again, of "
-        "responses: the last column says what was sampled, without what `aapo` asks of the reference. A rollout is "
-        "used once (by `lopti` twice), so objectives that differ in clips alone give one and the same run. Seconds "
-        "are medians on one thread with other work beside it. `rto` clips DPO's rewards of tokens as its authors' run "
-        "does; unclipped they outweigh the reward of spell_backward, which then falls to 0.02.", "",
+        "spell_backward: whether it stands in its place). Rows are an estimator, `+` shapers and filters, `,` the "
+        "objective (`ppo_clip` where none is named) and what else differs. All see the same number of prompts and, but "
+        "for `spo_*` and groups sampled again, of responses: the last column says what was sampled, without what "
+        "`aapo` asks of the reference. A rollout is used once (by `lopti` twice), so objectives that differ in clips "
+        "alone give one and the same run. Seconds are medians on one thread with other work beside it. `rto` clips "
+        "DPO's rewards of tokens as its authors' run does; unclipped they outweigh the reward of spell_backward, which "
+        "then falls to 0.02.", "",
     ]  # fmt: skip
     for name, rows in found.items():
         lines += section(tasks[name], rows)

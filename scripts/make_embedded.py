@@ -1,6 +1,6 @@
 """Regenerate everything under tokenpo/data/embedded: preference pairs, tokenizers, pretrained models.
 
-    python scripts/make_embedded.py                    # about six minutes on one core
+    python scripts/make_embedded.py                    # about eight minutes on one core
     python scripts/make_embedded.py --out /tmp/again   # elsewhere
 
 Pairs and tokenizer come out byte for byte the same everywhere; the weights do on the same machine and

@@ -180,7 +180,7 @@ def rl_config(words: list[str]) -> Any:
 
     words = _positional(words, ("config",))
     found = parse(RLConfig, "rl", words)
-    if found.model in EMBEDDED and found.prompts == "embedded":
+    if found.model in EMBEDDED and found.prompts.startswith("embedded"):
         found = parse(RLConfig, "rl", words, defaults=preset(found.model, str(found.objective.get("name"))))
     return found
 

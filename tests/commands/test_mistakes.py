@@ -141,6 +141,20 @@ def test_not_a_model(run, tmp_path):
     assert "no model folder" in run(make_pairs(3), model=tmp_path / "none")
 
 
+def test_a_runs_folder_is_not_its_model(run, tmp_path):
+    folder = tmp_path / "dpo"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"loss": {"name": "dpo"}, "dtype": "auto"}')
+    assert f"{folder} holds no model: its config.json has no model_type" in run(make_pairs(4), model=folder)
+    (folder / "model").mkdir()
+    assert f"{folder} is a run's folder: give {folder / 'model'}" in run(make_pairs(4), model=folder)
+
+
+def test_the_model_of_digits_is_not_trained_on_reviews(capsys):
+    assert main(["train", "model=embedded-digits"]) == 2
+    assert "the embedded pairs are of reviews, the model copies digits" in capsys.readouterr().err
+
+
 def test_not_a_causal_model(run, tmp_path):
     from transformers import CLIPTextConfig, CLIPTextModel
 

@@ -155,6 +155,27 @@ def test_mistakes(plan, words, said):
     assert said in error.strip().split("\n")[-1], error
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["advantages=[copo]"],
+            "needs 'answer_ids', which is not available: say what the final answers are (tokenpo",
+        ),
+        (["advantages=[copo]", "answers=nonsense"], "answers 'nonsense' is neither text nor math-verify"),
+        (["advantages=[ppo_gae]", "critic={epochs: 0}"], "critic: epochs must lie in"),
+        (["batch_size=3"], "group_size 8 must be at least 2 and divide the 3 responses of an update"),
+    ],
+)
+def test_mistakes_of_an_online_run(plan, words, said):
+    code, _, error = plan(*words, rl=True)
+    assert code == 2 and said in error.strip().split("\n")[-1], error
+
+
+def test_a_group_may_be_cut_across_devices(plan):
+    assert plan("batch_size=4", "group_size=8", "--devices=2", rl=True)[0] == 0
+
+
 def test_a_model_that_is_not_there(capsys, tmp_path):
     for model in ("./nowhere", "nobody/nothing"):
         assert main(["plan", f"model={model}", "--gpu=24GB"]) == 2

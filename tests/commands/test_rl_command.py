@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from tiny import write_jsonl
 
-from tokenpo.cli import main
+from tokenpo.cli import main, rl_config
 from tokenpo.commands import rl as command
 from tokenpo.data import problems
 
@@ -144,6 +144,22 @@ def test_mistakes_are_one_sentence(given, sentence, tmp_path, capsys):
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_ones_own_has_no_embedded_prompts(model_folder, tmp_path, capsys):
+    assert main(["rl", f"model={model_folder}", f"output={tmp_path / 'run'}"]) == 2
+    assert f"name what {model_folder} shall answer: a file, or embedded-digits or emb" in capsys.readouterr().err
+    words = ["prompts=embedded-reviews", "reward=right_digits", f"output={tmp_path / 'run'}"]
+    assert main(["rl", *words]) == 2
+    assert "compares with a column 'answer', which embedded-reviews lacks" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.json"]  # free for the next command
+
+
+@pytest.mark.parametrize("named", [[], ["prompts=embedded-digits"], ["model=embedded-digits", "prompts=embedded"]])
+def test_the_settings_of_the_embedded_problems_are_theirs_however_they_are_named(named):
+    found = rl_config(named)
+    assert (found.learning_rate, found.batch_size, found.max_new_tokens) == (3e-4, 128, 20)
+    assert rl_config([*named, "batch_size=64"]).batch_size == 64
 
 
 def test_train_with_the_online_task_is_the_same_command(tmp_path, capsys, monkeypatch):

@@ -83,7 +83,7 @@ def test_a_reward_model_reads_the_text_in_its_own_tokens_and_loads_once(words, t
     asked = [{"prompt": row["prompt"], "response": row["text"]} for row in texts]
     scores = [scored.score for scored in model_scorer(load(str(tmp_path / "judge")), asked)]
     assert [row["reward"] for row in texts] == pytest.approx(scores, abs=1e-5)
-    assert len(texts) == 12 and len({round(s, 4) for s in scores}) > 6
+    assert len(texts) == 12 and len({round(s, 4) for s in scores}) > 4
 
 
 def test_a_response_without_text_is_its_end(tmp_path):
@@ -196,10 +196,20 @@ def test_answers_are_texts_or_last_expressions(monkeypatch):
         command.answer_function("math-verify")
 
 
-def test_a_function_of_answers_that_fails_is_one_sentence(words, capsys):
+def test_a_function_of_answers_that_fails_is_one_sentence(words, tmp_path, capsys):
     given = ["reward=test_rl_rewards:lengths", "answers=test_rl_rewards:no_answers", "samples=0", "advantages=[copo]"]
     assert main([*words, *given]) == 2
-    assert "answers: test_rl_rewards:no_answers failed: TypeError: not a number" in capsys.readouterr().err
+    assert "answer_ids failed: TypeError: not a number; the 4 rollouts of step 0 are in" in capsys.readouterr().err
+    kept = [json.loads(line) for line in (tmp_path / "run" / "rollouts-failed.jsonl").read_text().splitlines()]
+    assert len(kept) == 4 and all(row["rewards"] == [len(row["completion"])] for row in kept)
+
+
+def test_what_is_sampled_after_training_is_sampled_as_before(words, tmp_path):
+    """With activations computed again, a model in training mode would generate without its cache."""
+    given = ["trainer={activation_checkpointing: true}", "learning_rate=1e-9", "reward=test_rl_rewards:lengths"]
+    assert main([*words, *given]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [row["before"]["text"] for row in rows] == [row["after"]["text"] for row in rows] and len(rows) == 4
 
 
 def test_an_adapter_that_changes_its_base_is_compared_with_the_model_itself(words, tmp_path):
@@ -208,16 +218,15 @@ def test_an_adapter_that_changes_its_base_is_compared_with_the_model_itself(word
     assert summary["before"]["kl"] == pytest.approx(0.0, abs=1e-4)
 
 
-def test_groups_may_be_cut_across_processes(monkeypatch):
+def test_groups_may_be_cut_across_processes():
     config = RLConfig(batch_size=4, group_size=8)
     with pytest.raises(InputError, match=r"group_size 8 .* divide the 4 responses of an update"):
-        command.check_groups(config)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    command.check_groups(config)
+        command.check_groups(config, 1)
+    command.check_groups(config, 2)
     with pytest.raises(
         InputError, match=r"group_size 3 .* the 8 responses .*batch_size 4 x accumulate 1 x 2 processes"
     ):
-        command.check_groups(RLConfig(batch_size=4, group_size=3))
+        command.check_groups(RLConfig(batch_size=4, group_size=3), 2)
 
 
 def test_half_a_line_of_a_killed_run_is_forgotten(tmp_path):

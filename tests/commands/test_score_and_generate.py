@@ -7,6 +7,7 @@ import torch
 from tiny import make_model, make_pairs, write_jsonl
 
 from tokenpo.cli import main
+from tokenpo.data.problems import problems
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,12 @@ def test_generate(model_folder, tmp_path, capsys):
     assert len(set(outputs[0])) > 3
     assert main(["generate", str(model_folder), "prompt=say b:", "temperature=0", "max_new_tokens=4"]) == 0
     assert capsys.readouterr().out.startswith("> say b:")
+
+
+def test_the_model_of_digits_has_prompts_of_its_own(capsys):
+    assert main(["generate", "--model", "embedded-digits", "--max_new_tokens", "20"]) == 0
+    shown = capsys.readouterr().out
+    assert all(row["prompt"] in shown for row in problems(4))
 
 
 def test_sampling_follows_the_models_distribution_whatever_the_padding(model_folder):

@@ -89,9 +89,9 @@ def masks_learn(n):
 
 
 def blame_is_found(n):
-    """Bad words weigh more than others in about twice as many pairs of words as the other way round."""
+    """Bad words weigh more than good ones more often than not: 0.62 of pairs, 0.53 where neither model was trained."""
     better = n["right_after"] > n["right_before"] + 0.05
-    return better and n["pairs"] > 50 and n["weight_auroc_bad_words"] > 0.58 and n["critical_found"] == 1
+    return better and n["pairs"] > 50 and n["weight_auroc_bad_from_good"] > 0.58 and n["critical_found"] == 1
 
 
 def policy_and_critic_learn(n):

@@ -9,7 +9,7 @@ from tiny import make_model
 
 from tokenpo.advantages import HAPOTemperature, hapo_temperature, spo_cutpoints, tree_advantages
 from tokenpo.errors import InputError
-from tokenpo.integrations.sampling import Heated, Node, make_sampling, tree_rows
+from tokenpo.integrations.sampling import Heated, Node, check_sampling, make_sampling, tree_rows
 from tokenpo.integrations.trl import TokenGRPOTrainer
 from tokenpo.losses import entropy_statistics
 
@@ -142,8 +142,6 @@ def test_trees_of_two_prompts_and_the_authors_filter(tmp_path):
         sampling=[{"name": "spo_tree", "branching": [3], "segment": 2}],
     )  # fmt: skip
     assert trainer.rollouts.known["parent"].tolist() == [-1, 0, 0, 0, -1, 4, 4, 4]
-    with pytest.raises(InputError, match="the 3 rows of a process must be a multiple of num_generations = 4"):
-        trainer.tree_rollouts(PROMPTS[:3])
 
 
 def dull_for(*dull):
@@ -264,4 +262,8 @@ def test_what_cannot_work_is_said_before_anything_loads(tmp_path):
     said("spo_tree, whose 'parent' the estimator 'grpo'", sampling=tree, advantages=["grpo", "spo_tree_kept"])
     said("unset mask_truncated_completions", config(tmp_path, num_generations=8, mask_truncated_completions=True),
          sampling=[{"name": "spo_tree", "branching": [2], "segment": 3}])  # fmt: skip
+    cut = config(tmp_path)
+    cut.per_device_train_batch_size, cut.steps_per_generation = 3, 1
+    with pytest.raises(InputError, match="the 3 rows of a process must be a multiple of num_generations = 4"):
+        check_sampling(make_sampling(tree), cut, None)
     assert make_sampling([]).gives == set() and len(rows(2)) == 2

@@ -43,6 +43,8 @@ REMEDIES = {
     "correct": "say which rewards count as correct",
     "prefix_values": "put spo_chain into the list of sampling",
     "parent": "put spo_tree into the list of sampling",
+    "answer_ids": "say what the final answers are (tokenpo rl: answers=text), or give an input of that name",
+    "prompts": "configure a reference",
 }
 
 UNSHAPED = {

@@ -24,7 +24,7 @@ class GenerateConfig:
     """Responses of a model, sampled or by beam search, to the terminal or to JSONL."""
 
     model: str = "embedded"
-    """Folder of the model, a hub name, or 'embedded'."""
+    """Folder of the model, a hub name, 'embedded', or 'embedded-digits'."""
     prompt: str | None = None
     """One prompt; a model with a chat template gets it as a user's message if --chat is given."""
     prompts: str | None = None
@@ -178,7 +178,7 @@ def _controlled(prompts: list[Any], tokenizer: Any, config: GenerateConfig) -> l
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
-    """From --prompt, from a file, or the embedded ones for the embedded model."""
+    """From --prompt, from a file, or the embedded ones for an embedded model."""
     if config.prompt is not None:
         return [config.prompt]
     if config.prompts is not None:
@@ -197,4 +197,8 @@ def read_prompts(config: GenerateConfig) -> list[str]:
         from tokenpo.data.reviews import prompts
 
         return list(prompts())[:4]
+    if config.model == "embedded-digits":
+        from tokenpo.data.problems import problems
+
+        return [row["prompt"] for row in problems(4)]
     raise InputError("nothing to answer: give --prompt, or --prompts FILE")

@@ -29,6 +29,12 @@ def model_folder(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file() and not has_adapter(name):
             raise InputError(f"{path} is not a model folder: it holds no config.json")
+        if not has_adapter(name) and "model_type" not in json.loads((path / "config.json").read_text(encoding="utf-8")):
+            raise InputError(
+                f"{path} is a run's folder: give {path / 'model'}"
+                if (path / "model").is_dir()
+                else f"{path} holds no model: its config.json has no model_type"
+            )
         return str(path)
     if path.exists():
         raise InputError(f"{path} is a file: give the folder that holds the model")

@@ -46,7 +46,7 @@ def check(config: RLConfig) -> Callable[..., Any]:
         config,
         ["group_size", "batch_size", "accumulate", "updates", "max_new_tokens", "max_steps", "log_every"],
     )
-    check_groups(config)
+    check_groups(config, int(os.environ.get("WORLD_SIZE", "1")))
     if not config.temperature > 0:
         raise InputError(f"temperature must be positive, got {config.temperature}")
     need_trl()
@@ -78,9 +78,8 @@ def check(config: RLConfig) -> Callable[..., Any]:
     return reward_function(reward_name(config))
 
 
-def check_groups(config: RLConfig) -> None:
+def check_groups(config: RLConfig, processes: int) -> None:
     """Refuse a group that the responses of an update, of all processes together, would cut."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     rows = config.batch_size * config.accumulate * processes
     if config.group_size < 2 or rows % config.group_size:
         more = f" x {processes} processes" if processes > 1 else ""
@@ -143,21 +142,32 @@ def read_prompts(config: RLConfig) -> Any:
     """Rows with a prompt as a Dataset."""
     from datasets import Dataset
 
+    from tokenpo.data import problems, reviews
+
+    name = prompts_name(config)
+    if name == "embedded-digits":
+        rows = Dataset.from_list(problems.problems())
+    elif name == "embedded-reviews":
+        rows = Dataset.from_list([{"prompt": prompt} for prompt in reviews.prompts()])
+    else:
+        rows = prompts_of(name)
+    if reward_name(config) == "right_digits" and "answer" not in rows.column_names:
+        raise InputError(f"the reward right_digits compares with a column 'answer', which {name} lacks")
+    return rows
+
+
+def prompts_of(name: str) -> Any:
+    """A file's rows, each with a prompt."""
     from tokenpo.data.files import columns_of, read_path, to_dataset
 
-    if prompts_name(config) in EMBEDDED:
-        from tokenpo.data import problems, reviews
-
-        digits = prompts_name(config) == "embedded-digits"
-        return Dataset.from_list(problems.problems() if digits else [{"prompt": p} for p in reviews.prompts()])
-    parts = read_path(Path(config.prompts), "train", ("prompt",))
+    parts = read_path(Path(name), "train", ("prompt",))
     columns = columns_of(parts)
     if "prompt" not in columns:
-        raise InputError(f"{config.prompts} has no column 'prompt'{nearest('prompt', columns)}")
+        raise InputError(f"{name} has no column 'prompt'{nearest('prompt', columns)}")
     rows = to_dataset(parts, columns)
     for i, prompt in enumerate(rows["prompt"]):
         if not prompt:
-            raise InputError(f"{config.prompts}, row {i} has an empty prompt")
+            raise InputError(f"{name}, row {i} has an empty prompt")
     return rows
 
 

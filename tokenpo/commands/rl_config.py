@@ -17,7 +17,7 @@ class RLConfig:
     'embedded-digits', which copies digits with mistakes, or 'embedded', which writes reviews."""
     prompts: str = "embedded"
     """Rows with a 'prompt' (text or messages): JSONL, Parquet or CSV; other columns go to the reward function. Or
-    'embedded', things to review; 'embedded-digits', problems, which the model of digits takes for the embedded ones."""
+    'embedded-digits', 'embedded-reviews'; 'embedded': those of the embedded model."""
     reward: str = "embedded"
     """Embedded: of digits right_digits, 1 where all are right, else 0; of reviews true_reward. Or module:function in
     TRL's signature, a reward model's folder, math-verify (reads column 'answer'), or reasoning-gym (reads 'entry')."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenpo.commands.config import loader
-from tokenpo.commands.loading import first_line, model_folder
+from tokenpo.commands.loading import EMBEDDED, first_line, model_folder
 from tokenpo.commands.rl_config import RLConfig
 from tokenpo.errors import InputError
 from tokenpo.methods import nearest
@@ -16,6 +16,8 @@ from tokenpo.methods import nearest
 SCORED = 16
 """Responses that a reward model reads at a time."""
 ANSWERS = ("text", "math-verify")
+PROMPTS = {"embedded-digits": "right_digits", "embedded-reviews": "true_reward"}
+"""Prompts inside the package, and what judges the answers."""
 
 
 def available(config: RLConfig) -> set[str]:
@@ -31,16 +33,19 @@ def available(config: RLConfig) -> set[str]:
 
 
 def prompts_name(config: RLConfig) -> str:
-    """`prompts`; the embedded ones are those of the model."""
-    own = config.prompts == "embedded" and config.model == "embedded-digits"
-    return config.model if own else config.prompts
+    """`prompts`; 'embedded' is what the embedded model answers."""
+    if config.prompts != "embedded":
+        return config.prompts
+    if config.model not in EMBEDDED:
+        raise InputError(f"prompts: name what {config.model} shall answer: a file, or {' or '.join(PROMPTS)}")
+    return "embedded-digits" if config.model == "embedded-digits" else "embedded-reviews"
 
 
 def reward_name(config: RLConfig) -> str:
     """`reward`; the embedded one is that of the prompts."""
     if config.reward != "embedded":
         return config.reward
-    found = {"embedded": "true_reward", "embedded-digits": "right_digits"}.get(prompts_name(config))
+    found = PROMPTS.get(prompts_name(config))
     if found is None:
         raise InputError(
             f"the embedded reward judges embedded prompts only: name the reward of {config.prompts}, module:function, "
@@ -93,10 +98,7 @@ def answer_function(name: str | None) -> Callable[..., Any] | None:
 
     def answers(rollouts: Any) -> list[str | None]:
         columns = {key: [row.get(key) for row in rollouts.rows] for key in rollouts.rows[0] if key != "prompt"}
-        try:
-            found = list(function(prompts=rollouts.prompts, completions=rollouts.completions, **columns))
-        except Exception as reason:
-            raise InputError(f"answers: {name} failed: {type(reason).__name__}: {first_line(reason)}") from reason
+        found = function(prompts=rollouts.prompts, completions=rollouts.completions, **columns)
         return [None if answer is None else str(answer) for answer in found]
 
     return answers

@@ -51,6 +51,8 @@ def check(config: TrainConfig) -> methods.Method:
     name = arguments.pop("name", None)
     if name is None:
         raise InputError("the configuration's loss has no name: loss: {name: tdpo2}")
+    if (config.model, config.train) == ("embedded-digits", "embedded"):
+        raise InputError("the embedded pairs are of reviews, the model copies digits: give train, or model=embedded")
     loss = trainable(str(name))
     methods.configure(loss.name, **arguments)
     check_settings(config, ["batch_size", "accumulate", "max_length", "log_every", "max_new_tokens", "control_tokens"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenpo import masked
 from tokenpo.statistics import response_stats
@@ -61,7 +62,8 @@ def generate_ids(
 ) -> list[list[int]]:
     """What follows each row of token ids, the end-of-sequence token kept; `temperature=0` is greedy.
 
-    Plain sampling from the model's own distribution: no top-k, no top-p. The global random state is put back.
+    Plain sampling from the model's own distribution, in evaluation mode: no dropout, no top-k, no top-p. The global
+    random state is put back.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     how = (
@@ -71,7 +73,7 @@ def generate_ids(
     )
     device = next(model.parameters()).device
     out: list[list[int]] = []
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else None):
+    with evaluating(model), torch.random.fork_rng(devices=[] if device.type == "cpu" else None):
         torch.manual_seed(seed)
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
@@ -83,6 +85,18 @@ def generate_ids(
             )
             out += [_until_eos(r, tokenizer.eos_token_id) for r in full[:, width:].tolist()]
     return out
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside: while it trains, a model that checkpoints activations generates without its cache."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _until_eos(ids: list[int], eos: int | None) -> list[int]:
@@ -136,7 +150,8 @@ def sample(
     for start in range(0, len(ids), batch_size):
         part = slice(start, start + batch_size)
         batch = as_batch(prompt_ids[part], ids[part], next(model.parameters()).device)
-        stats = response_stats(model, batch, outputs, reference=reference)
+        with evaluating(model):
+            stats = response_stats(model, batch, outputs, reference=reference)
         entropy += masked.mean(stats.require("entropy"), stats.mask, -1).tolist()
         if reference is not None:
             kl += masked.sum(stats.require("policy_kl"), stats.mask, -1).tolist()

@@ -169,7 +169,7 @@ def _math_verify() -> tuple[Callable[..., Any], Callable[..., Any]]:
     try:
         from math_verify import parse, verify
     except ImportError as reason:
-        raise InputError("math-verify is a package of its own: pip install math-verify") from reason
+        raise InputError("reading expressions needs the package math-verify: pip install math-verify") from reason
     return parse, verify
 
 

@@ -41,6 +41,7 @@ class MoreRolloutsMixin:
     eos_token_ids: list[int]
     reward_weights: Tensor
     _scored: Any
+    _own: int | None
     _metrics: Any
     _step: int
     _pending_extra_logs: Any
@@ -103,8 +104,12 @@ class MoreRolloutsMixin:
         if not wanted:
             return torch.zeros(0, len(self.reward_weights))
         prompts = [row["prompt"] for row in filled]
-        with self._aside():
-            found = self._calculate_rewards(filled, prompts, self.decoded(prompts, ids), ids)
+        self._own = own
+        try:
+            with self._aside():
+                found = self._calculate_rewards(filled, prompts, self.decoded(prompts, ids), ids)
+        finally:
+            self._own = None
         first = self.accelerator.process_index * wanted
         return found[first : first + own]
 

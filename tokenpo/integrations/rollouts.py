@@ -275,6 +275,7 @@ def corrected(given: Mapping[str, Tensor], ratio: Tensor | None) -> dict[str, Te
     """`given` with all that is advantages times TRL's weights for what the sampling engine and the policy differ in.
 
     `ratio` (B, T) or (B, 1), None without vLLM. Every surrogate is proportional to advantages by a factor above 0, so
-    this weighs what was sampled and leaves KL and entropy terms, which are of the policy, alone.
+    this weighs what was sampled and leaves KL and entropy terms, which are of the policy, alone. Metrics of the
+    objective (`advantages`, shares of tokens that a clip holds) are of the weighted ones.
     """
     return {n: x if ratio is None or not n.endswith("advantages") else x * ratio for n, x in given.items()}

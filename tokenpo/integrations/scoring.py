@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class ScoringMixin(MoreRolloutsMixin):
     temperature: float
     _tokenizer: Any
     _generate: Callable[..., Any]
+    keep_and_stop: Callable[[str], NoReturn]
 
     def add_advantages(self, out: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Into `out`, what TRL knows of a batch: advantages, mask of the loss, what the objective reads."""
@@ -145,9 +146,22 @@ class ScoringMixin(MoreRolloutsMixin):
         if self.correct_above is not None:
             known["correct"] = rollouts.rewards > self.correct_above
         for name, function in self.inputs.items():
-            known[name] = as_tensor(name, function(rollouts), rollouts.mask)
+            known[name] = as_tensor(name, self._asked(name, function, rollouts), rollouts.mask)
         if self.credit is not None:
-            known["token_rewards"] = as_tensor("credit", self.credit(rollouts), rollouts.mask)
+            known["token_rewards"] = as_tensor("credit", self._asked("credit", self.credit, rollouts), rollouts.mask)
+
+    def _asked(self, name: str, function: Input, rollouts: Rollouts) -> Any:
+        """What `function` says of the rollouts; where it fails in one process, all stop with one sentence."""
+        found, problems = None, []
+        try:
+            found = function(rollouts)
+        except Exception as reason:
+            what = "" if isinstance(reason, InputError) else f"{name} failed: {type(reason).__name__}: "
+            problems = [what + str(reason).strip().split("\n")[0]]
+        problems = gathered_objects(problems)
+        if problems:
+            self.keep_and_stop(problems[0])
+        return found
 
     def _disagreement(self, rollouts: Rollouts) -> Tensor:
         """(B, T) of this process's rows; their groups are made whole first where processes cut them."""

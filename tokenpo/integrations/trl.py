@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import get_peft_model
@@ -151,6 +151,7 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
         self.run_folder, self.keep_rollouts = Path(run_folder or args.output_dir), keep_rollouts
         self._failures: list[str] = []
         self._judged: list[dict[str, Any]] = []
+        self._own: int | None = None
         self._coming: list[Any] = []
         self._window: list[dict[str, Any]] = []
         self._window_start = 0
@@ -210,20 +211,23 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
         self._judged += [
             {"step": self.state.global_step, "prompt": p, "completion": c, "rewards": r}
             for p, c, r in zip(prompts, completions, mine, strict=True)
-        ]
+        ][: self._own]
         failures = gathered_objects(self._failures)
         if not failures and bool(torch.isinf(rewards).any()):
             failures = ["a reward function gave an infinite reward: give None where there is none"]
         if failures:
-            kept, file = gathered_objects(self._judged), self.run_folder / "rollouts-failed.jsonl"
-            if self.accelerator.is_main_process:
-                write_rollouts(file, kept, fresh=True)
             self._failures.clear()
-            raise InputError(f"{failures[0]}; the {len(kept)} rollouts of step {self.state.global_step} are in {file}")
+            self.keep_and_stop(failures[0])
         return rewards
 
+    def keep_and_stop(self, problem: str) -> NoReturn:
+        """Raise `problem`, in all processes at once, after the rollouts judged so far in this step were written."""
+        kept, file = gathered_objects(self._judged), self.run_folder / "rollouts-failed.jsonl"
+        if self.accelerator.is_main_process:
+            write_rollouts(file, kept, fresh=True)
+        raise InputError(f"{problem}; the {len(kept)} rollouts of step {self.state.global_step} are in {file}")
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._judged = []
         if self.sampling.resampling is not None and self.model.training:
             inputs, output, rewards = self.resampled(self.sampling.resampling.attempts, inputs)
             self._ready, self.rollout_func = (output, rewards), lambda prompts, trainer: output
@@ -244,6 +248,8 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
         self._coming = list(batch_samples)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if self._coming or not self.model.training:
+            self._judged = []
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)
         if self._coming:
