@@ -144,7 +144,9 @@ def test_an_online_run_is_measured_on_its_texts(lora_run, model_folder, tmp_path
 
     run = tmp_path / "rl"
     shutil.copytree(lora_run / "model", run / "model")
-    settings = RLConfig(model=str(model_folder), advantages=[{"name": "ktae"}], lora=4, reward="mine:length")
+    settings = RLConfig(
+        model=str(model_folder), prompts="mine.jsonl", advantages=[{"name": "ktae"}], lora=4, reward="mine:length"
+    )
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(settings)))
     summary = json.loads((lora_run / "summary.json").read_text())
     kept = {name: summary[name] for name in ("steps", "seconds_per_step", "peak_memory_mb", "versions")}

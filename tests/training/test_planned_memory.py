@@ -312,7 +312,11 @@ def test_a_critic_and_rollouts():
     assert held["critic"] == pytest.approx(16 * sum(p.numel() for p in critic[0].parameters()), rel=0.01)
     phases = planned_run.online_phases(dataclasses.replace(run, critic=critic), rows, online)
     assert list(phases) == ["rollouts", "scores", "critic", "update"]
-    assert phases["rollouts"][0].rise == plan.kv_cache_bytes(run.model.config, 16, 32, 4) + 16 * 96 * 12
+    cache = lambda tokens: plan.kv_cache_bytes(run.model.config, 16, tokens, 4)
+    reading = phases["rollouts"][0].rise - cache(20)  # a layer that reads the prompts, beside their keys and values
+    assert reading > 16 * 20 * 4 * 32 * 3 and phases["rollouts"][0].rise > cache(32) + 16 * 96 * 12
+    longer = online._replace(rollouts=[Row(0, 20, 400)] * 16)
+    assert planned_run.online_phases(run, rows, longer)["rollouts"][0].rise == cache(420) + 16 * 96 * 12
     asleep = online._replace(sampled=False, scored=False)
     assert list(planned_run.online_phases(run, rows, asleep)) == ["update"]
 

@@ -211,14 +211,20 @@ def online_phases(run: Run, rows: Sequence[Row], online: Online) -> dict[str, li
 
 
 def _rollouts(run: Run, rows: Sequence[Row]) -> Segment:
-    """Keys and values of all sequences, and of the last position the logits, float32 logits and probabilities."""
+    """Keys and values of all sequences: of prompts, beside a layer that reads them, every row by itself; then of whole
+    ones, beside the last position's logits, float32 logits and probabilities."""
     config = text_config(run.model)
     weight = _head(run)
     itemsize = (run.autocast or weight.dtype).itemsize
     longest = max(r.prompt_tokens + r.response_tokens for r in rows)
+    prompts = [Row(i, row.prompt_tokens, 1) for i, row in enumerate(rows)]
+    given = rows_of(run.model, batch_of(prompts), False)
+    with run.mode:
+        reading = scoring_pass(run.model, given, Sweeps(0, 0), autocast=run.autocast).rise
+    reading += plan.kv_cache_bytes(config, len(rows), max(r.prompt_tokens for r in rows), itemsize)
     cache = plan.kv_cache_bytes(config, len(rows), longest, itemsize)
     logits = len(rows) * weight.shape[0] * (itemsize + 8)
-    return Segment("sampling", {}, cache + logits, "KV cache")
+    return Segment("sampling", {}, max(reading, cache + logits), "KV cache")
 
 
 def peak_of(run: Run, rows: Sequence[Row], online: Online | None = None) -> plan.Peak:
