@@ -123,6 +123,33 @@ def test_a_store_that_another_process_makes_just_now_is_opened(tmp_path, monkeyp
         assert Store(tmp_path / "cache", {"model": "a"}, "logps", write=True).keep == "logps" and looked
 
 
+TOGETHER = """
+import sys, time
+from tokenpo.reference.store import Store
+print(flush=True)
+start = float(sys.stdin.readline())
+for k in range(200):
+    while time.time() < start + k / 100:
+        pass
+    Store(f"{sys.argv[1]}/{k}", {"model": "a"}, "logps", write=True)
+"""
+
+
+def test_processes_that_make_stores_in_step_disturb_none(tmp_path):
+    """Readers may see the state before a commit whose pages are there already: found in one of 25 such openings."""
+    command = [sys.executable, "-c", TOGETHER, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    for process in both:
+        process.stdout.readline()  # it has imported everything
+    start = str(time.time() + 0.2)
+    for process in both:
+        process.stdin.write(start + "\n")
+        process.stdin.flush()
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+
+
 def test_a_file_cut_short_is_refused_before_it_is_read(tmp_path):
     store = Store(tmp_path / "a", KEY, "logps", write=True)
     store.put({key(i): {"logps": torch.zeros(5000)} for i in range(8)})

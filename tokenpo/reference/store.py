@@ -130,10 +130,9 @@ class Store:
 
     def _agree(self, key: Fingerprint | None, keep: str | None, write: bool) -> tuple[Fingerprint, str]:
         """The store's fingerprint and `keep`, after comparison with those wanted; written first where it is new."""
-        entries = self.env.stat()["entries"]  # before the look: another process may write the first of them, META
-        with self.env.begin() as transaction:
-            found = transaction.get(META)
-        if found is None and entries:
+        with self.env.begin() as transaction:  # both in one: another process may write the first of them, META
+            found, something = transaction.get(META), transaction.cursor().first()
+        if found is None and something:
             raise InputError(f"{self.folder} holds an LMDB that is no reference cache: choose another folder")
         if found is None and (not write or key is None or keep is None):
             raise InputError(_nothing(self.folder))
