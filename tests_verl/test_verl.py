@@ -160,10 +160,7 @@ def test_objectives_are_the_pure_functions_over_verls_aggregation(name, mode):
         }  # fmt: skip
     logps = NEW.clone().requires_grad_()
     stats = TokenStats(mask=MASK, logps=logps, old_logps=OLD, token_weights=WEIGHTS)
-    if name == "tokenpo_reinforce":  # takes no weights: linear in the advantages
-        out = method.function(stats, ADVANTAGES * WEIGHTS, **hyperparameters)
-    else:
-        out = method.function(stats, ADVANTAGES, **hyperparameters)
+    out = method.function(stats, ADVANTAGES, **hyperparameters)
     ((unit, total),) = out.sums.items()
     expected = total / DIVISORS[unit] * 4
     expected.backward()
