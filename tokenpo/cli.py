@@ -177,10 +177,11 @@ def rl_config(words: list[str]) -> Any:
     """The configuration of `tokenpo rl`; with an embedded model and its prompts, values that suit them underneath."""
     from tokenpo.commands.loading import EMBEDDED
     from tokenpo.commands.rl_config import RLConfig, preset
+    from tokenpo.commands.rl_inputs import PROMPTS
 
     words = _positional(words, ("config",))
     found = parse(RLConfig, "rl", words)
-    if found.model in EMBEDDED and found.prompts.startswith("embedded"):
+    if found.model in EMBEDDED and found.prompts in ("embedded", *PROMPTS):
         found = parse(RLConfig, "rl", words, defaults=preset(found.model, str(found.objective.get("name"))))
     return found
 

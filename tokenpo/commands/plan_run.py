@@ -13,10 +13,8 @@ from tokenpo import methods
 from tokenpo.commands.config import TrainConfig
 from tokenpo.commands.loading import EMBEDDED
 from tokenpo.commands.plan_inputs import adapter_options, dtype_of, load_config, reference_of
-from tokenpo.commands.rl import check_groups
+from tokenpo.commands.rl import composed
 from tokenpo.commands.rl_config import RLConfig
-from tokenpo.commands.rl_inputs import answer_function, available
-from tokenpo.commands.runs import check_settings
 from tokenpo.errors import InputError
 from tokenpo.statistics.head import text_config
 from tokenpo.training.engines import teachers_of
@@ -113,18 +111,10 @@ def _offline(config: TrainConfig, asked: Asked) -> Planned:
 
 def online_run(config: RLConfig, asked: Asked) -> tuple[Run, bool]:
     """What a run of `tokenpo rl` is made of, and whether statistics are read before the update."""
-    from tokenpo.advantages import compose, compose_objective
-    from tokenpo.integrations.critic import Critic
     from tokenpo.integrations.rollouts import STATISTICS
 
-    check_settings(config, ["group_size", "batch_size", "accumulate", "updates", "max_new_tokens", "max_steps"])
-    check_groups(config, asked.devices)
-    answer_function(config.answers)
-    if config.critic is not None:
-        methods.bind("critic", Critic, config.critic)
-    known = available(config)
-    needs = compose(config.advantages, available=known).needs
-    objective = compose_objective(config.objective, available=known).needs
+    composition, under = composed(config, asked.devices)
+    needs, objective = composition.needs, under.needs
     reads = {"ref_logps", "ref_kl", "policy_kl"} & {*needs, *objective}
     # TRL's defaults where `tokenpo rl` sets none
     engine = bool(config.trainer.get("use_vllm")) and config.trainer.get("vllm_mode", "colocate") == "colocate"

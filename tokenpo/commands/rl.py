@@ -38,29 +38,16 @@ def rl(config: RLConfig) -> Path:
 
 def check(config: RLConfig) -> Callable[..., Any]:
     """The reward function, after every setting that needs no model was looked at; last, a reward model loads."""
-    from tokenpo.advantages import compose, compose_objective
-    from tokenpo.commands.runs import check_settings
     from tokenpo.reference import check_mode
 
-    check_settings(
-        config,
-        ["group_size", "batch_size", "accumulate", "updates", "max_new_tokens", "max_steps", "log_every"],
-    )
-    check_groups(config, int(os.environ.get("WORLD_SIZE", "1")))
-    if not config.temperature > 0:
-        raise InputError(f"temperature must be positive, got {config.temperature}")
-    need_trl()
+    composition, objective = composed(config, int(os.environ.get("WORLD_SIZE", "1")))
     checks = importlib.import_module("tokenpo.integrations.trl_checks")
     sampling = importlib.import_module("tokenpo.integrations.sampling")
     more = sampling.make_sampling(config.sampling)
-    answer_function(config.answers)
-    known = available(config)
-    composition = compose(config.advantages, available=known)
-    objective = compose_objective(config.objective, available=known)
+    if not config.temperature > 0:
+        raise InputError(f"temperature must be positive, got {config.temperature}")
     check_aggregation(config.objective)
-    reads = check_credit(config.credit, known)
-    if config.critic is not None:
-        bind("critic", importlib.import_module("tokenpo.integrations.critic").Critic, config.critic)
+    reads = check_credit(config.credit, available(config))
     check_mode(config.reference)
     model_folder(config.model)
     given = arguments(config, Path("unused"))
@@ -76,6 +63,25 @@ def check(config: RLConfig) -> Callable[..., Any]:
     if config.stages is not None:
         checks.check_stages(config.stages, given)
     return reward_function(reward_name(config))
+
+
+def composed(config: RLConfig, processes: int) -> tuple[Any, Any]:
+    """Advantages and objective, once all that they take is known by name, and how rows make groups."""
+    from tokenpo.advantages import compose, compose_objective
+    from tokenpo.commands.runs import check_settings
+
+    check_settings(
+        config,
+        ["group_size", "batch_size", "accumulate", "updates", "max_new_tokens", "max_steps", "log_every"],
+    )
+    check_groups(config, processes)
+    need_trl()
+    answer_function(config.answers)
+    known = available(config)
+    found = compose(config.advantages, available=known), compose_objective(config.objective, available=known)
+    if config.critic is not None:
+        bind("critic", importlib.import_module("tokenpo.integrations.critic").Critic, config.critic)
+    return found
 
 
 def check_groups(config: RLConfig, processes: int) -> None:

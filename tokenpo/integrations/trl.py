@@ -7,7 +7,6 @@ one pass without gradient for what the estimator reads; a loss that is exact ove
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,8 +21,9 @@ from tokenpo import masked
 from tokenpo.advantages import compose, compose_objective
 from tokenpo.advantages.compose import Config
 from tokenpo.errors import InputError
+from tokenpo.integrations.checkpoints import CheckpointMixin
 from tokenpo.integrations.critic import Critic
-from tokenpo.integrations.rewards import checked_reward, forget_from, write_rollouts
+from tokenpo.integrations.rewards import checked_reward, write_rollouts
 from tokenpo.integrations.rollouts import (
     STATISTICS,
     Input,
@@ -52,12 +52,10 @@ from tokenpo.statistics.four_bit import keep_trainable
 from tokenpo.training import ExactLossMixin
 from tokenpo.training.start import must_agree
 
-STATE, SAMPLING = "advantages.json", "sampling.json"
-
 check_hooks()
 
 
-class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
+class TokenGRPOTrainer(CheckpointMixin, ScoringMixin, ExactLossMixin, GRPOTrainer):
     """GRPOTrainer whose advantages and loss are named as in `tokenpo.advantages.compose`.
 
     Args beside those of GRPOTrainer:
@@ -302,44 +300,6 @@ class TokenGRPOTrainer(ScoringMixin, ExactLossMixin, GRPOTrainer):
         self._metrics[mode]["entropy"].append(entropy / max(tokens, 1.0))
         for name, value in zip(names, rest, strict=True):
             self._metrics[mode][name].append(value / self.accelerator.num_processes)
-
-    # Checkpoints.
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        folder = Path(output_dir)
-        unused = self._step % (self.args.steps_per_generation * self.num_iterations)
-        kept = {"step": self._step, "rollouts": self._buffered_inputs if unused else None}
-        torch.save(kept, folder / f"rollouts-{self.accelerator.process_index}.pt")
-        if self.args.should_save:
-            (folder / STATE).write_text(json.dumps(self.composition.state_dict()))
-            if self.sampling.temperature is not None:
-                (folder / SAMPLING).write_text(json.dumps(self.sampling.temperature.state_dict()))
-            if self.critic is not None:
-                self.critic.save(folder)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        folder, file = Path(checkpoint), f"rollouts-{self.accelerator.process_index}.pt"
-        if not (folder / STATE).is_file() or not (folder / file).is_file():
-            raise InputError(
-                f"{folder} has no {STATE} or no {file}: it was written by another trainer, or by fewer processes"
-            )
-        self.composition.load_state_dict(json.loads((folder / STATE).read_text()))
-        if self.sampling.temperature is not None:
-            if not (folder / SAMPLING).is_file():
-                raise InputError(f"{folder} has no {SAMPLING}: it was written by a run without hapo_temperature")
-            self.sampling.temperature.load_state_dict(json.loads((folder / SAMPLING).read_text()))
-        kept = torch.load(folder / file, map_location=self.args.device, weights_only=True)
-        self._step, self._buffered_inputs = kept["step"], kept["rollouts"]
-        if self.accelerator.is_main_process:
-            done = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-            for name in ("rollouts.jsonl", "continuations.jsonl"):
-                forget_from(self.run_folder / name, done)
-        if self.critic is not None:
-            self.critic.load(folder)
 
 
 FIELDS = ("old_logps", "ref_logps", "ref_kl", "policy_kl", "entropy", "token_weights")
