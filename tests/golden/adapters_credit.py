@@ -8,6 +8,7 @@ import torch
 from cases import Case
 
 from tokenpo import masked
+from tokenpo.advantages import matchtir_released_advantages
 from tokenpo.credit import (
     abc_d_last_rewards,
     abc_d_last_weights,
@@ -212,7 +213,12 @@ def matchtir_advantages(case: Case) -> None:
     torch.testing.assert_close(placed.sum(-1), case["rewards"])
     assert config["combine"] == "mean"
     if config["norm_by_std"]:
-        ours = mean_dual_level_advantages(placed, group, mask, gamma=config["gamma_turn"], eps=config["eps"])
+        how = {"gamma": config["gamma_turn"], "eps": config["eps"]}
+        ours = mean_dual_level_advantages(placed, group, mask, **how)
+        named = matchtir_released_advantages(
+            case["rewards"], group, mask, case["token_rewards"], singleton="raw", **how
+        )
+        case.check("out_advantages", named, atol=1e-9)
     else:
         turn = turn_advantages(placed, group, mask, gamma=config["gamma_turn"], eps=config["eps"])
         ours = 0.5 * fuse_levels(centred_group_advantages(placed.sum(-1), group), turn, mask)

@@ -63,6 +63,7 @@ from tokenpo.advantages import (
     where_rewarded,
     whitened_over,
 )
+from tokenpo.credit import kl_in_reward
 from tokenpo.losses.ppo import cispo_loss, dr_grpo_loss, gspo_loss, gspo_sequence_loss, ppo_clip_loss
 from tokenpo.losses.reinforce import copo_loss, reinforce_loss, spo_loss
 from tokenpo.types import LossOutput, TokenStats
@@ -157,6 +158,9 @@ def reinforce_plus_plus(case: Case) -> None:
         case.check("out_advantages", reinforce_plus_plus_baseline_advantages(*rows, singleton="raw"))
         return
     rewards, token_rewards, gamma = case["rewards"], case["token_rewards"], case.config["gamma"]
+    logps = case["old_logps"], case["ref_logps"]
+    ours = kl_in_reward(*logps, rewards, case.mask, kl_coef=case.config["kl_coef"])
+    torch.testing.assert_close(ours, token_rewards, rtol=1e-10, atol=1e-12)
     case.check("out_returns", reinforce_returns(rewards, case.mask, token_rewards, gamma=gamma))
     group = torch.zeros(len(rewards), dtype=torch.long)
     ours = reinforce_plus_plus_advantages(rewards, group, case.mask, token_rewards, gamma=gamma)

@@ -14,6 +14,7 @@ from tokenpo.methods import Finite, NonNegative, method
     "kl_in_reward", kind="credit", paper="https://arxiv.org/abs/2501.03262",
     title="REINFORCE++: Stabilizing Critic-Free Policy Optimization with Global Advantage Normalization",
     needs=("old_logps", "ref_logps"), sums_to_reward=False, causal=True,
+    golden=("reinforce_plus_plus",),
 )  # fmt: skip
 def kl_in_reward(
     old_logps: Tensor, ref_logps: Tensor, rewards: Tensor, mask: Tensor, *, kl_coef: NonNegative = 0.01,
